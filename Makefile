@@ -1,0 +1,48 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need on a fresh machine
+# with Python 3.11 or newer, make and git.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: setup demo test lint types contracts check train clean
+
+setup: $(READY)
+
+# Reinstalls only when the list of dependencies has changed.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Vigil needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version)."; exit 1; }
+	@echo "Setting up $(VENV): a few minutes and several GB the first time (PyTorch), then never again."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' 2>$(VENV)/pip.log \
+		|| { cat $(VENV)/pip.log; exit 1; }
+	@touch $@
+	@echo "Ready: $(BIN)/vigil --help"
+
+demo: $(READY)
+	@$(BIN)/vigil demo $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: $(READY)
+	@$(BIN)/mypy
+
+contracts: $(READY)
+	@$(BIN)/lint-imports
+
+check: lint types contracts test
+
+# The first bundle, again, from the labelled pictures: make train DATA=folder
+train: $(READY)
+	@$(BIN)/vigil train --data $(DATA) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

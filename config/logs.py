@@ -1,0 +1,50 @@
+"""Logs: JSON lines on stdout, one event per fact, and only fields from an allow-list."""
+
+import logging
+import sys
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+# What may be logged. Everything else is dropped and its name counted, so that patient data
+# cannot slip out by a new field. UIDs are pseudonyms the PACS administrator needs.
+LOGGABLE = frozenset(
+    {  # fmt: skip
+        "event", "level", "timestamp", "stage", "pid", "worker", "exc_code", "exc_type",
+        "reason_code", "outcome", "status", "address", "port", "tenant", "origin", "sender",
+        "called_ae", "calling_ae", "association", "destination", "bundle", "lane", "state",
+        "move", "study_uid", "series_uid", "sop_uid", "sop_class_uid", "transfer_syntax_uid",
+        "instance_id", "analysis_id", "job_id", "delivery_id", "result_id", "result_no",
+        "attempts", "n", "n_instances", "n_images", "n_objects", "n_waiting", "size_bytes",
+        "duration_s", "wait_s", "limit", "value", "free_mb", "path_kind", "version", "device",
+        "numerics", "signal", "restarts", "dropped_fields",
+    }
+)  # fmt: skip
+
+
+def keep_allowed(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+    """Drop every field that is not on the list, and say which."""
+    kept = {name: value for name, value in fields.items() if name in LOGGABLE}
+    if dropped := sorted(fields.keys() - LOGGABLE):
+        kept["dropped_fields"] = dropped
+    return kept
+
+
+def set_up(stage: str, level: str = "INFO") -> None:
+    """Configure this process's logs; called once, in each `__main__`."""
+    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)
+    for name in ("pynetdicom", "pydicom", "sqlalchemy", "uvicorn", "alembic", "apscheduler", "PIL"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their messages can hold identifiers
+    structlog.contextvars.bind_contextvars(stage=stage)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            keep_allowed,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=False,
+    )

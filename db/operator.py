@@ -1,0 +1,93 @@
+"""An operator's hands: run an analysis again, send its objects again."""
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from db import studies
+from db.errors import IllegalMove, NodeError
+from db.outbox import DeliveryState
+from db.study import AnalysisEvent, AnalysisState
+from db.tables import AuditRow, DeliveryRow, DestinationRow, RequestRow, ResultRow
+
+
+def rerun(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis:
+    """Analyse again, over the set that is there now; the new result supersedes the old one."""
+    analysis = studies.load(session, analysis_id)
+    moved = studies.move(
+        session,
+        analysis,
+        AnalysisEvent.RERUN,
+        detail={"by": "operator"},
+        # The set is chosen anew by whoever takes the job.
+        analysed_ids=[],
+        reason="",
+        reason_code="",
+        is_applicable=True,
+    )
+    _audit(session, analysis, "rerun", actor)
+    return moved
+
+
+def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis:
+    """Send the stored objects once more, the same bytes, to every destination."""
+    analysis = studies.load(session, analysis_id)
+    if analysis.state not in (AnalysisState.DELIVERED, AnalysisState.DELIVERED_IN_PART):
+        raise IllegalMove(f"nothing to send again: the analysis is {analysis.state}")
+    result_id = session.scalar(
+        select(ResultRow.id).where(
+            ResultRow.analysis_id == analysis.id, ResultRow.result_no == analysis.result_no
+        )
+    )
+    session.execute(
+        update(DeliveryRow)
+        .where(DeliveryRow.result_id == result_id)
+        .values(
+            state=DeliveryState.WAITING,
+            statuses={},
+            attempts=0,
+            refusals=0,
+            run_after=func.now(),
+            # As much time as it had at first.
+            expires_at=func.now() + (DeliveryRow.expires_at - DeliveryRow.created_at),
+            created_at=func.now(),
+            finished_at=None,
+            error_code="",
+        )
+    )
+    session.execute(
+        update(DestinationRow)
+        .where(DestinationRow.tenant == analysis.tenant)
+        .values(retry_at=func.now())
+    )
+    moved = studies.move(session, analysis, AnalysisEvent.RESEND, detail={"by": "operator"})
+    _audit(session, analysis, "resend", actor)
+    studies.notify(session)
+    return moved
+
+
+def carry_out_requests(session: Session) -> int:
+    """Do what operators asked for on a page; returns how many requests were answered."""
+    requests = session.scalars(
+        select(RequestRow)
+        .where(RequestRow.done_at.is_(None))
+        .order_by(RequestRow.at)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for request in requests:
+        act = rerun if request.action == "rerun" else resend
+        try:
+            with session.begin_nested():
+                act(session, request.analysis_id, actor=request.user_name)
+            request.outcome = "done"
+        except NodeError as error:
+            request.outcome = error.code
+        request.done_at = func.now()
+    return len(requests)
+
+
+def _audit(session: Session, analysis: studies.Analysis, action: str, actor: str) -> None:
+    session.add(
+        AuditRow(
+            tenant=analysis.tenant, actor=actor, action=action, target=f"analysis {analysis.id}"
+        )
+    )

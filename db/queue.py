@@ -1,0 +1,261 @@
+"""Claiming jobs: committed before the work starts, kept by a lease, given back by the dead."""
+
+import datetime as dt
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Integer, and_, case, cast, func, literal, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from db import studies
+from db.errors import NodeError, PermanentError, StaleAnalysis
+from db.job import MAX_ATTEMPTS, JobKind, JobState, Lane, backoff_s
+from db.study import AnalysisEvent, AnalysisState
+from db.tables import AnalysisRow, JobRow, StudyRow
+
+#: Waiting this long lifts a job by one lane, so that routine always moves.
+AGEING_S = 900
+#: A job whose worker died this often is given up.
+MAX_CRASHES = 3
+DEFAULT_LEASE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """A job that this worker has until its lease ends."""
+
+    id: int
+    kind: JobKind
+    analysis_id: int
+    analysis_version: int
+    study_id: int
+    tenant: str
+    origin: str
+    lane: int
+    attempts: int
+    crashes: int
+    worker: str
+
+
+def claim(
+    session: Session,
+    kinds: Sequence[JobKind],
+    worker: str,
+    *,
+    lease_s: float = DEFAULT_LEASE_S,
+    bundles: Sequence[str] | None = None,
+) -> ClaimedJob | None:
+    """Claim the most urgent job that is due; commit before working on it.
+
+    Lanes first, with ageing; inside a lane the tenant with the least work under way. A held
+    study's objects are not built. `bundles` limits it to analyses that this worker can serve.
+    """
+    doing = aliased(JobRow)
+    busy = (
+        select(func.count())
+        .select_from(doing)
+        .where(doing.tenant == JobRow.tenant, doing.state == JobState.DOING)
+        .scalar_subquery()
+    )
+    query = (
+        select(JobRow, StudyRow.id)
+        .join(AnalysisRow, AnalysisRow.id == JobRow.analysis_id)
+        .join(StudyRow, StudyRow.id == AnalysisRow.study_id)
+        .where(
+            JobRow.state == JobState.TODO,
+            JobRow.kind.in_(kinds),
+            JobRow.run_after <= func.now(),
+            or_(JobRow.kind != JobKind.BUILD, StudyRow.is_held.is_(False)),
+            *([AnalysisRow.bundle.in_(bundles)] if bundles is not None else []),
+        )
+        .order_by(_aged_lane(), busy, JobRow.run_after, JobRow.id)
+        .limit(1)
+        .with_for_update(of=JobRow, skip_locked=True)
+    )
+    found = session.execute(query).one_or_none()
+    if found is None:
+        return None
+    job, study_id = found
+    job.state = JobState.DOING
+    job.worker = worker
+    job.lease_until = func.now() + dt.timedelta(seconds=lease_s)
+    session.flush()
+    return ClaimedJob(
+        id=job.id,
+        kind=JobKind(job.kind),
+        analysis_id=job.analysis_id,
+        analysis_version=job.analysis_version,
+        study_id=study_id,
+        tenant=job.tenant,
+        origin=job.origin,
+        lane=job.lane,
+        attempts=job.attempts,
+        crashes=job.crashes,
+        worker=worker,
+    )
+
+
+def _aged_lane() -> ColumnElement[int]:
+    waited = func.extract("epoch", func.now() - JobRow.run_after)
+    lifted = JobRow.lane - cast(func.floor(waited / literal(AGEING_S)), Integer)
+    # Ageing never makes a job more urgent than an emergency that has just arrived.
+    return case((JobRow.lane == Lane.STAT, Lane.STAT), else_=func.greatest(lifted, Lane.URGENT))
+
+
+def analysis_of(session: Session, job: ClaimedJob) -> studies.Analysis:
+    """The analysis that a claimed job is for.
+
+    Raises
+    ------
+    StaleAnalysis
+        If it has moved on since the job was made: the job is void.
+    """
+    analysis = studies.load(session, job.analysis_id)
+    if analysis.row_version != job.analysis_version:
+        raise StaleAnalysis(f"analysis row {job.analysis_id} is past the job's version")
+    return analysis
+
+
+def renew(session: Session, job_ids: Sequence[int], worker: str, *, lease_s: float) -> int:
+    """Heartbeat: keep claimed jobs; returns how many are still this worker's."""
+    kept = session.scalars(
+        update(JobRow)
+        .where(JobRow.id.in_(job_ids), JobRow.worker == worker, JobRow.state == JobState.DOING)
+        .values(lease_until=func.now() + dt.timedelta(seconds=lease_s))
+        .returning(JobRow.id)
+    )
+    return len(kept.all())
+
+
+def finish(session: Session, job: ClaimedJob, *, error_code: str = "") -> None:
+    """The job is done; in the transaction of its analysis' move."""
+    session.execute(
+        update(JobRow)
+        .where(JobRow.id == job.id)
+        .values(state=JobState.DONE, error_code=error_code, finished_at=func.now())
+    )
+
+
+def fail(session: Session, job: ClaimedJob, error: NodeError) -> None:
+    """The job failed: again later, or the analysis is given up with the reason.
+
+    A stale job is simply over. Call it in a transaction of its own.
+    """
+    if isinstance(error, StaleAnalysis):
+        finish(session, job, error_code=error.code)
+        return
+    attempts = job.attempts + 1
+    if isinstance(error, PermanentError) or attempts >= MAX_ATTEMPTS:
+        give_up(session, job, code=error.code, reason=str(error))
+        return
+    wait = dt.timedelta(seconds=backoff_s(attempts, random.random()))
+    _put_back(session, job.id, attempts=attempts, wait=wait, error_code=error.code)
+
+
+def give_up(session: Session, job: ClaimedJob, *, code: str, reason: str) -> None:
+    """End the job and its analysis as FAILED, with a reason that a person can read."""
+    session.execute(
+        update(JobRow)
+        .where(JobRow.id == job.id)
+        .values(state=JobState.FAILED, error_code=code, finished_at=func.now())
+    )
+    analysis = studies.load(session, job.analysis_id)
+    if analysis.row_version != job.analysis_version:
+        return
+    if analysis.state not in (AnalysisState.QUEUED, AnalysisState.FOUND):
+        return
+    studies.move(
+        session,
+        analysis,
+        AnalysisEvent.GAVE_UP,
+        detail={"reason_code": code},
+        is_alarm=True,
+        reason_code=code,
+        reason=reason,
+    )
+
+
+def release(session: Session, job: ClaimedJob) -> None:
+    """Give a claimed job back untouched: the worker stops."""
+    _put_back(session, job.id, attempts=job.attempts, wait=dt.timedelta(0), error_code="")
+
+
+def requeue_dead(session: Session) -> int:
+    """Take back the jobs of workers whose lease ran out; returns how many."""
+    dead = session.scalars(
+        select(JobRow)
+        .where(JobRow.state == JobState.DOING, JobRow.lease_until < func.now())
+        .with_for_update(skip_locked=True)
+    ).all()
+    for row in dead:
+        crashes = row.crashes + 1
+        if crashes >= MAX_CRASHES:
+            give_up(
+                session,
+                _claimed(session, row),
+                code="worker_died",
+                reason=f"the worker died {crashes} times on this study",
+            )
+            continue
+        wait = dt.timedelta(seconds=backoff_s(crashes, 0.0))
+        _put_back(
+            session, row.id, attempts=row.attempts, wait=wait, error_code="worker_died",
+            crashes=crashes,
+        )  # fmt: skip
+    return len(dead)
+
+
+def _claimed(session: Session, row: JobRow) -> ClaimedJob:
+    analysis = studies.load(session, row.analysis_id)
+    return ClaimedJob(
+        id=row.id,
+        kind=JobKind(row.kind),
+        analysis_id=row.analysis_id,
+        analysis_version=row.analysis_version,
+        study_id=analysis.study_id,
+        tenant=row.tenant,
+        origin=row.origin,
+        lane=row.lane,
+        attempts=row.attempts,
+        crashes=row.crashes,
+        worker=row.worker,
+    )
+
+
+def _put_back(
+    session: Session,
+    job_id: int,
+    *,
+    attempts: int,
+    wait: dt.timedelta,
+    error_code: str,
+    crashes: int | None = None,
+) -> None:
+    waiting = aliased(JobRow)
+    superseded = (
+        select(waiting.id)
+        .where(
+            and_(
+                waiting.analysis_id == JobRow.analysis_id,
+                waiting.kind == JobRow.kind,
+                waiting.state == JobState.TODO,
+            )
+        )
+        .exists()
+    )
+    changes = {"crashes": crashes} if crashes is not None else {}
+    session.execute(
+        update(JobRow)
+        .where(JobRow.id == job_id, JobRow.state == JobState.DOING)
+        .values(
+            # A newer job already waits for this analysis: this one is over.
+            state=case((superseded, JobState.DONE), else_=JobState.TODO),
+            attempts=attempts,
+            run_after=func.now() + wait,
+            worker="",
+            lease_until=None,
+            error_code=error_code,
+            **changes,
+        )
+    )

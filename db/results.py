@@ -1,0 +1,85 @@
+"""Persisting what an analysis found, in one transaction with the move it causes."""
+
+import uuid
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from db import queue, studies
+from db.result import Eligibility, Finding
+from db.study import AnalysisEvent
+from db.tables import ResultRow
+
+
+def store_finding(session: Session, job: queue.ClaimedJob, finding: Finding) -> studies.Analysis:
+    """Keep the numbers, move the analysis to FOUND and end the job.
+
+    Raises
+    ------
+    StaleAnalysis
+        If the analysis was reopened meanwhile: an old inference never finishes it.
+    """
+    analysis = queue.analysis_of(session, job)
+    result_no = analysis.result_no + 1
+    probability = finding.primary.probability
+    session.add(
+        ResultRow(
+            id=uuid.UUID(finding.result_uuid),
+            analysis_id=analysis.id,
+            study_id=analysis.study_id,
+            tenant=analysis.tenant,
+            origin=analysis.origin,
+            bundle=analysis.bundle,
+            result_no=result_no,
+            finding=finding.to_json(),
+            is_positive=finding.is_positive,
+            urgency=finding.urgency,
+            probability=probability.value if probability else None,
+        )
+    )
+    ids = tuple(dict.fromkeys(image.instance_id for image in finding.images))
+    moved = studies.move(
+        session,
+        analysis,
+        AnalysisEvent.FINDINGS_STORED,
+        detail={"n_images": len(finding.images), "result_no": result_no},
+        result_no=result_no,
+        analysed_ids=list(ids),
+        analysed_sha256=studies.analysed_digest(ids),
+        is_partial=finding.is_partial,
+    )
+    queue.finish(session, job)
+    return moved
+
+
+def store_refusal(
+    session: Session, job: queue.ClaimedJob, refusal: Eligibility
+) -> studies.Analysis:
+    """The bundle cannot judge the study: NOT_ANALYSED with rule, value and limit; ends the job."""
+    analysis = queue.analysis_of(session, job)
+    moved = refuse(session, analysis, refusal)
+    queue.finish(session, job)
+    return moved
+
+
+def refuse(session: Session, analysis: studies.Analysis, refusal: Eligibility) -> studies.Analysis:
+    """Move an analysis to NOT_ANALYSED, with the reason."""
+    return studies.move(
+        session,
+        analysis,
+        AnalysisEvent.NOT_ELIGIBLE,
+        detail={"rule": refusal.rule, "value": refusal.value, "limit": refusal.limit},
+        reason_code=refusal.rule,
+        reason=refusal.reason,
+        is_applicable=refusal.is_applicable,
+    )
+
+
+def latest(session: Session, analysis_id: int) -> ResultRow | None:
+    """The newest result of an analysis."""
+    return session.scalar(
+        select(ResultRow)
+        .where(ResultRow.analysis_id == analysis_id)
+        .order_by(ResultRow.result_no.desc())
+        .limit(1)
+    )

@@ -1,0 +1,217 @@
+"""Moving analyses: compare-and-swap on `row_version`, with the job and the event it causes."""
+
+import datetime as dt
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from config.tenants import Tenant
+from db.errors import StaleAnalysis
+from db.job import JobState
+from db.study import NEXT_JOB, AnalysisEvent, AnalysisState, advance, study_state
+from db.tables import AnalysisRow, EventRow, JobRow, StudyRow
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """An analysis as it was read; `row_version` says which reading."""
+
+    id: int
+    study_id: int
+    tenant: str
+    origin: str
+    bundle: str
+    is_shadow: bool
+    state: AnalysisState
+    row_version: int
+    result_no: int
+    analysed_ids: tuple[str, ...]
+    analysed_sha256: str
+    is_partial: bool
+    lane: int
+
+
+def load(session: Session, analysis_id: int) -> Analysis:
+    """Read an analysis; `StaleAnalysis` if it is gone."""
+    row = session.execute(
+        select(AnalysisRow, StudyRow.lane)
+        .join(StudyRow, StudyRow.id == AnalysisRow.study_id)
+        .where(AnalysisRow.id == analysis_id)
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    if row is None:
+        raise StaleAnalysis(f"analysis row {analysis_id} is gone")
+    found, lane = row
+    return Analysis(
+        id=found.id,
+        study_id=found.study_id,
+        tenant=found.tenant,
+        origin=found.origin,
+        bundle=found.bundle,
+        is_shadow=found.is_shadow,
+        state=AnalysisState(found.state),
+        row_version=found.row_version,
+        result_no=found.result_no,
+        analysed_ids=tuple(found.analysed_ids),
+        analysed_sha256=found.analysed_sha256,
+        is_partial=found.is_partial,
+        lane=lane,
+    )
+
+
+def move(
+    session: Session,
+    analysis: Analysis,
+    event: AnalysisEvent,
+    *,
+    detail: dict[str, Any] | None = None,
+    is_alarm: bool = False,
+    **changes: Any,
+) -> Analysis:
+    """Advance an analysis, enqueue what follows and record it; all or nothing is committed.
+
+    `changes` are further columns of the analysis row, written by the same swap.
+
+    Raises
+    ------
+    IllegalMove
+        If the table of moves has no such move.
+    StaleAnalysis
+        If somebody else moved it meanwhile.
+    """
+    after = replace(
+        analysis, state=advance(analysis.state, event), row_version=analysis.row_version + 1
+    )
+    moved = session.scalar(
+        update(AnalysisRow)
+        # By version: meanwhile it may have left this state and come back to it.
+        .where(AnalysisRow.id == analysis.id, AnalysisRow.row_version == analysis.row_version)
+        .values(state=after.state, row_version=after.row_version, updated_at=func.now(), **changes)
+        .returning(AnalysisRow.id)
+    )
+    if moved is None:
+        raise StaleAnalysis(f"analysis row {analysis.id} is past version {analysis.row_version}")
+    _enqueue(session, after)
+    record(
+        session,
+        event.lower(),
+        tenant=analysis.tenant,
+        origin=analysis.origin,
+        study_id=analysis.study_id,
+        analysis_id=analysis.id,
+        is_alarm=is_alarm,
+        bundle=analysis.bundle,
+        state=str(after.state),
+        **(detail or {}),
+    )
+    refresh_state(session, analysis.study_id)
+    return load(session, analysis.id)
+
+
+def _enqueue(session: Session, after: Analysis) -> None:
+    # What still waits was meant for an earlier version; what runs will find itself stale.
+    session.execute(
+        update(JobRow)
+        .where(JobRow.analysis_id == after.id, JobRow.state == JobState.TODO)
+        .values(state=JobState.DONE, error_code="superseded", finished_at=func.now())
+    )
+    if after.state in NEXT_JOB:
+        session.add(
+            JobRow(
+                analysis_id=after.id,
+                tenant=after.tenant,
+                origin=after.origin,
+                kind=NEXT_JOB[after.state],
+                lane=after.lane,
+                analysis_version=after.row_version,
+            )
+        )
+        session.flush()
+        notify(session)
+
+
+def notify(session: Session) -> None:
+    """An empty hint that there is work; workers poll as well, for a hint can be lost."""
+    session.execute(select(func.pg_notify("vigil_work", "")))
+
+
+def ensure_analyses(session: Session, study: StudyRow, tenant: Tenant) -> None:
+    """Make the analyses that the tenant's bundles owe this study, and let readiness look at all.
+
+    Called whenever instances were accepted: each bundle judges the study again once nothing has
+    arrived for the tenant's quiet period.
+    """
+    judge_at = func.now() + dt.timedelta(seconds=tenant.quiet_period_s)
+    rows = [
+        {
+            "study_id": study.id,
+            "tenant": study.tenant,
+            "origin": study.origin,
+            "bundle": bundle,
+            "is_shadow": bundle in tenant.shadow,
+            "judge_at": judge_at,
+        }
+        for bundle in (*tenant.models, *tenant.shadow)
+    ]
+    if rows:
+        statement = insert(AnalysisRow).values(rows)
+        session.execute(
+            statement.on_conflict_do_update(
+                index_elements=["study_id", "bundle"], set_={"judge_at": judge_at}
+            )
+        )
+    refresh_state(session, study.id)
+
+
+def refresh_state(session: Session, study_id: int) -> None:
+    """Derive the study's state from its analyses and write it down for lists."""
+    session.flush()
+    # Locked, so that two analyses of one study that move at once do not both miss the other.
+    study = session.execute(
+        select(StudyRow).where(StudyRow.id == study_id).with_for_update()
+    ).scalar_one()
+    states = session.scalars(
+        select(AnalysisRow.state).where(
+            AnalysisRow.study_id == study_id, AnalysisRow.is_shadow.is_(False)
+        )
+    )
+    state = study_state((AnalysisState(name) for name in states), is_held=study.is_held)
+    if study.state != state:
+        study.state = state
+        study.row_version += 1
+    session.flush()
+
+
+def record(
+    session: Session,
+    kind: str,
+    *,
+    tenant: str,
+    origin: str,
+    study_id: int | None = None,
+    analysis_id: int | None = None,
+    is_alarm: bool = False,
+    **detail: Any,
+) -> None:
+    """Write one line of the timeline; `detail` holds no patient data."""
+    session.add(
+        EventRow(
+            tenant=tenant,
+            origin=origin,
+            study_id=study_id,
+            analysis_id=analysis_id,
+            kind=kind,
+            is_alarm=is_alarm,
+            detail=detail,
+        )
+    )
+
+
+def analysed_digest(instance_ids: Iterable[str]) -> str:
+    """The identity of an analysed set, whatever its order."""
+    return hashlib.sha256("\n".join(sorted(instance_ids)).encode("ascii")).hexdigest()

@@ -1,0 +1,328 @@
+"""Moves, jobs and the outbox against a real PostgreSQL."""
+
+import datetime as dt
+import uuid
+
+import pytest
+from sqlalchemy import Engine, func, select, update
+from sqlalchemy.orm import Session
+
+from config.tenants import Destination, Tenant
+from db import operator, outbox, queue, studies
+from db.errors import IllegalMove, PermanentError, StaleAnalysis, TransientError
+from db.job import MAX_ATTEMPTS, JobKind, JobState
+from db.outbox import DeliveryState
+from db.study import AnalysisEvent, AnalysisState
+from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, ResultRow, StudyRow
+
+TENANT = Tenant(id="north", ae_titles=("NORTH_AI",), models=("one", "two"))
+PACS = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=104)
+ARCHIVE = Destination(name="archive", ae_title="ARC", host="127.0.0.1", port=105)
+_E = AnalysisEvent
+
+
+def make_analysis(engine: Engine, uid: str = "1.2.3", lane: int = 1, tenant: str = "north") -> int:
+    with Session(engine) as session, session.begin():
+        study = StudyRow(tenant=tenant, origin="dicom", study_instance_uid=uid, lane=lane)
+        session.add(study)
+        session.flush()
+        studies.ensure_analyses(session, study, TENANT.model_copy(update={"models": ("one",)}))
+        return session.scalars(select(AnalysisRow.id).where(AnalysisRow.study_id == study.id)).one()
+
+
+def go(engine: Engine, analysis_id: int, *events: AnalysisEvent) -> None:
+    for event in events:
+        with Session(engine) as session, session.begin():
+            studies.move(session, studies.load(session, analysis_id), event)
+
+
+def claim(engine: Engine, kind: JobKind = JobKind.INFER) -> queue.ClaimedJob | None:
+    with Session(engine) as session, session.begin():
+        return queue.claim(session, [kind], "worker", lease_s=60)
+
+
+def state_of(engine: Engine, analysis_id: int) -> tuple[str, str]:
+    with Session(engine) as session:
+        row = session.get_one(AnalysisRow, analysis_id)
+        return row.state, session.get_one(StudyRow, row.study_id).state
+
+
+def built(engine: Engine, *destinations: Destination, uid: str = "1.2.3", lane: int = 1) -> int:
+    analysis_id = make_analysis(engine, uid, lane)
+    go(engine, analysis_id, _E.SERIES_READY, _E.FINDINGS_STORED)
+    owe(engine, analysis_id, 1, *destinations)
+    go(engine, analysis_id, _E.OBJECTS_BUILT)
+    return analysis_id
+
+
+def owe(engine: Engine, analysis_id: int, result_no: int, *destinations: Destination) -> None:
+    with Session(engine) as session, session.begin():
+        analysis = studies.load(session, analysis_id)
+        session.execute(
+            update(AnalysisRow).where(AnalysisRow.id == analysis_id).values(result_no=result_no)
+        )
+        result = ResultRow(
+            id=uuid.uuid4(), analysis_id=analysis_id, study_id=analysis.study_id, tenant="north",
+            origin="dicom", bundle="one", result_no=result_no, finding={}, is_positive=True,
+            urgency="STAT",
+        )  # fmt: skip
+        session.add(result)
+        session.flush()
+        outbox.enqueue(session, analysis, result.id, [(d, "") for d in destinations])
+
+
+def claim_delivery(engine: Engine, name: str = "pacs") -> outbox.ClaimedDelivery | None:
+    with Session(engine) as session, session.begin():
+        return outbox.claim_due(session, "north", name, "worker")
+
+
+def test_a_ready_series_queues_one_inference(engine):
+    analysis_id = make_analysis(engine)
+
+    go(engine, analysis_id, _E.SERIES_READY)
+
+    assert state_of(engine, analysis_id) == ("QUEUED", "IN_PROGRESS")
+    job = claim(engine)
+    assert job is not None
+    assert job.analysis_id == analysis_id
+    assert claim(engine) is None
+
+
+def test_a_move_is_refused_to_whoever_read_an_older_version(engine):
+    analysis_id = make_analysis(engine)
+    with Session(engine) as session:
+        old = studies.load(session, analysis_id)
+    go(engine, analysis_id, _E.SERIES_READY)
+
+    with Session(engine) as session, pytest.raises(StaleAnalysis):
+        studies.move(session, old, _E.SERIES_READY)
+
+
+def test_an_illegal_move_changes_nothing(engine):
+    analysis_id = make_analysis(engine)
+
+    with Session(engine) as session, pytest.raises(IllegalMove):
+        studies.move(session, studies.load(session, analysis_id), _E.OBJECTS_BUILT)
+
+    assert state_of(engine, analysis_id) == ("WAITING", "RECEIVING")
+
+
+def test_an_old_inference_never_finishes_a_reopened_analysis(engine):
+    analysis_id = make_analysis(engine)
+    go(engine, analysis_id, _E.SERIES_READY)
+    job = claim(engine)
+    go(engine, analysis_id, _E.INPUTS_CHANGED, _E.SERIES_READY)
+
+    with Session(engine) as session, pytest.raises(StaleAnalysis):
+        queue.analysis_of(session, job)
+    with Session(engine) as session, session.begin():
+        queue.fail(session, job, StaleAnalysis("reopened"))
+
+    assert state_of(engine, analysis_id)[0] == "QUEUED"
+    assert claim(engine).id != job.id
+
+
+def test_stat_goes_before_an_older_routine_job(engine):
+    routine = make_analysis(engine, "1.1", lane=2)
+    stat = make_analysis(engine, "1.2", lane=0)
+    go(engine, routine, _E.SERIES_READY)
+    go(engine, stat, _E.SERIES_READY)
+
+    assert [claim(engine).analysis_id, claim(engine).analysis_id] == [stat, routine]
+
+
+def test_a_tenant_with_work_under_way_lets_another_go_first(engine):
+    for uid in ("1.1", "1.2", "1.3"):
+        go(engine, make_analysis(engine, uid), _E.SERIES_READY)
+    other = make_analysis(engine, "1.4", tenant="south")
+    go(engine, other, _E.SERIES_READY)
+    claim(engine)
+
+    assert claim(engine).analysis_id == other
+
+
+def test_a_dead_workers_job_comes_back_and_is_given_up_after_three_deaths(engine):
+    analysis_id = make_analysis(engine)
+    go(engine, analysis_id, _E.SERIES_READY)
+
+    for _ in range(queue.MAX_CRASHES):
+        with Session(engine) as session, session.begin():
+            session.execute(update(JobRow).values(run_after=func.now()))
+        assert claim(engine) is not None
+        with Session(engine) as session, session.begin():
+            session.execute(update(JobRow).values(lease_until=func.now() - dt.timedelta(seconds=1)))
+        with Session(engine) as session, session.begin():
+            assert queue.requeue_dead(session) == 1
+
+    assert state_of(engine, analysis_id) == ("FAILED", "DONE_WITH_GAPS")
+
+
+def test_a_transient_failure_waits_and_a_permanent_one_ends(engine):
+    analysis_id = make_analysis(engine)
+    go(engine, analysis_id, _E.SERIES_READY)
+    job = claim(engine)
+    with Session(engine) as session, session.begin():
+        queue.fail(session, job, TransientError("later"))
+    assert claim(engine) is None  # backs off
+    assert state_of(engine, analysis_id)[0] == "QUEUED"
+
+    with Session(engine) as session, session.begin():
+        session.execute(update(JobRow).values(run_after=func.now()))
+    again = claim(engine)
+    assert again.attempts == 1
+    with Session(engine) as session, session.begin():
+        queue.fail(session, again, PermanentError("never"))
+
+    with Session(engine) as session:
+        row = session.get_one(AnalysisRow, analysis_id)
+        assert (row.state, row.reason) == ("FAILED", "never")
+        alarm = session.scalars(select(EventRow).where(EventRow.is_alarm)).one()
+        assert alarm.kind == "gave_up"
+
+
+def test_the_last_transient_failure_gives_up(engine):
+    analysis_id = make_analysis(engine)
+    go(engine, analysis_id, _E.SERIES_READY)
+    with Session(engine) as session, session.begin():
+        session.execute(update(JobRow).values(attempts=MAX_ATTEMPTS - 1))
+    job = claim(engine)
+
+    with Session(engine) as session, session.begin():
+        queue.fail(session, job, TransientError("again"))
+
+    assert state_of(engine, analysis_id)[0] == "FAILED"
+
+
+def test_nothing_of_a_held_study_is_built_or_sent(engine):
+    analysis_id = built(engine, PACS)
+    other = make_analysis(engine, "1.9")
+    go(engine, other, _E.SERIES_READY, _E.FINDINGS_STORED)
+    with Session(engine) as session, session.begin():
+        session.execute(update(StudyRow).values(is_held=True))
+
+    assert claim(engine, JobKind.BUILD) is None
+    assert claim_delivery(engine) is None
+
+    with Session(engine) as session, session.begin():
+        session.execute(update(StudyRow).values(is_held=False))
+    assert claim(engine, JobKind.BUILD).analysis_id == other
+    assert claim_delivery(engine).analysis_id == analysis_id
+
+
+def test_a_result_is_delivered_once_every_destination_has_it(engine):
+    analysis_id = built(engine, PACS, ARCHIVE)
+
+    for name in ("pacs", "archive"):
+        assert state_of(engine, analysis_id)[0] == "BUILT"
+        delivery = claim_delivery(engine, name)
+        with Session(engine) as session, session.begin():
+            outbox.accept(session, delivery, {"1.2": "0000"})
+
+    assert state_of(engine, analysis_id) == ("DELIVERED", "DONE")
+    assert claim_delivery(engine) is None
+
+
+def test_no_destination_means_delivered_when_built(engine):
+    analysis_id = built(engine)
+
+    with Session(engine) as session, session.begin():
+        outbox.settle(session, analysis_id)
+
+    assert state_of(engine, analysis_id)[0] == "DELIVERED"
+
+
+def test_a_destination_backs_off_as_a_whole_and_its_first_success_releases_all(engine):
+    built(engine, PACS, ARCHIVE, uid="1.1")
+    built(engine, PACS, uid="1.2", lane=0)
+    first = claim_delivery(engine)
+    with Session(engine) as session, session.begin():
+        outbox.postpone(session, first, {}, error_code="no_connection")
+
+    assert claim_delivery(engine) is None
+    assert claim_delivery(engine, "archive") is not None  # another destination is not delayed
+
+    with Session(engine) as session, session.begin():
+        outbox._destination_answers(session, first)
+    assert claim_delivery(engine).analysis_id == first.analysis_id  # urgent first
+    assert claim_delivery(engine) is not None
+
+
+def test_a_delivery_that_expires_ends_in_part_with_an_alarm(engine):
+    analysis_id = built(engine, PACS)
+    with Session(engine) as session, session.begin():
+        session.execute(update(DeliveryRow).values(expires_at=func.now()))
+    delivery = claim_delivery(engine)
+
+    with Session(engine) as session, session.begin():
+        outbox.postpone(session, delivery, {}, error_code="no_connection")
+
+    assert state_of(engine, analysis_id) == ("DELIVERED_IN_PART", "DONE_WITH_GAPS")
+
+
+def test_five_refusals_end_in_part(engine):
+    analysis_id = built(engine, PACS)
+
+    for n in range(outbox.MAX_REFUSALS):
+        assert state_of(engine, analysis_id)[0] == "BUILT", n
+        with Session(engine) as session, session.begin():
+            session.execute(update(DeliveryRow).values(run_after=func.now()))
+        delivery = claim_delivery(engine)
+        with Session(engine) as session, session.begin():
+            outbox.refuse(session, delivery, {"1.2": "C000"}, error_code="refused")
+
+    assert state_of(engine, analysis_id)[0] == "DELIVERED_IN_PART"
+
+
+def test_a_newer_result_drops_an_unsent_one_and_waits_for_a_part_sent_one(engine):
+    analysis_id = built(engine, PACS, ARCHIVE)
+    part = claim_delivery(engine, "archive")
+    with Session(engine) as session, session.begin():
+        outbox.postpone(session, part, {"1.2": "0000"}, error_code="aborted")
+        outbox._destination_answers(session, part)
+
+    owe(engine, analysis_id, 2, PACS, ARCHIVE)
+
+    with Session(engine) as session:
+        rows = session.scalars(select(DeliveryRow).order_by(DeliveryRow.id)).all()
+        by_name = {(row.destination, row.result_id != part.result_id): row.state for row in rows}
+    assert by_name["pacs", False] == DeliveryState.DROPPED
+    assert claim_delivery(engine, "archive").result_id == part.result_id
+    assert claim_delivery(engine, "archive") is None
+    assert claim_delivery(engine, "pacs").result_id != part.result_id
+
+
+def test_resend_owes_the_same_objects_again(engine):
+    analysis_id = built(engine, PACS)
+    delivery = claim_delivery(engine)
+    with Session(engine) as session, session.begin():
+        outbox.accept(session, delivery, {"1.2": "0000"})
+
+    with Session(engine) as session, session.begin():
+        operator.resend(session, analysis_id, actor="test")
+
+    again = claim_delivery(engine)
+    assert (again.id, dict(again.statuses)) == (delivery.id, {})
+
+
+def test_rerun_queues_a_finished_analysis(engine):
+    analysis_id = built(engine)
+    with Session(engine) as session, session.begin():
+        outbox.settle(session, analysis_id)
+
+    with Session(engine) as session, session.begin():
+        operator.rerun(session, analysis_id, actor="test")
+
+    assert state_of(engine, analysis_id)[0] == AnalysisState.QUEUED
+    assert claim(engine) is not None
+
+
+def test_at_most_one_job_of_a_kind_waits_for_an_analysis(engine):
+    analysis_id = make_analysis(engine)
+
+    for _ in range(3):
+        go(engine, analysis_id, _E.SERIES_READY, _E.INPUTS_CHANGED)
+    go(engine, analysis_id, _E.SERIES_READY)
+
+    with Session(engine) as session:
+        waiting = session.scalars(select(JobRow).where(JobRow.state == JobState.TODO)).all()
+    assert len(waiting) == 1
