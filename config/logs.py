@@ -9,7 +9,7 @@ from structlog.typing import EventDict, WrappedLogger
 # What may be logged. Everything else is dropped and its name counted, so that patient data
 # cannot slip out by a new field. UIDs are pseudonyms the PACS administrator needs.
 LOGGABLE = frozenset(
-    {  # fmt: skip
+    {
         "event", "level", "timestamp", "stage", "pid", "worker", "exc_code", "exc_type",
         "reason_code", "outcome", "status", "address", "port", "tenant", "origin", "sender",
         "called_ae", "calling_ae", "association", "destination", "bundle", "lane", "state",
@@ -19,7 +19,7 @@ LOGGABLE = frozenset(
         "duration_s", "wait_s", "limit", "value", "free_mb", "path_kind", "version", "device",
         "numerics", "signal", "restarts", "dropped_fields",
     }
-)  # fmt: skip
+)
 
 
 def keep_allowed(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:

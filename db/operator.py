@@ -20,6 +20,7 @@ def rerun(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis
         detail={"by": "operator"},
         # The set is chosen anew by whoever takes the job.
         analysed_ids=[],
+        is_partial=False,
         reason="",
         reason_code="",
         is_applicable=True,

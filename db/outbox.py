@@ -182,7 +182,7 @@ def accept(session: Session, delivery: ClaimedDelivery, statuses: Mapping[str, s
 def postpone(
     session: Session, delivery: ClaimedDelivery, statuses: Mapping[str, str], *, error_code: str
 ) -> None:
-    """The destination could not take it now: the destination backs off; expiry ends the delivery."""
+    """The destination cannot take it now and backs off as a whole; expiry ends the delivery."""
     if _is_past(session, delivery.expires_at):
         _close(session, delivery, DeliveryState.EXPIRED, statuses, error_code=error_code)
         _event(session, delivery, "delivery_expired", is_alarm=True, reason_code=error_code)
@@ -231,7 +231,7 @@ def refuse(
 
 
 def withhold(session: Session, delivery: ClaimedDelivery, *, error_code: str) -> None:
-    """The object no longer matches its study: it is not sent, now or later, and a person is told."""
+    """The object no longer matches its study: it is never sent, and a person is told."""
     _close(session, delivery, DeliveryState.REFUSED, delivery.statuses, error_code=error_code)
     _event(session, delivery, "delivery_withheld", is_alarm=True, reason_code=error_code)
     settle(session, delivery.analysis_id)

@@ -117,6 +117,13 @@ def analysis_of(session: Session, job: ClaimedJob) -> studies.Analysis:
     return analysis
 
 
+def bundle_of(session: Session, job: ClaimedJob) -> str:
+    """The bundle that a claimed job is for."""
+    return session.scalars(
+        select(AnalysisRow.bundle).where(AnalysisRow.id == job.analysis_id)
+    ).one()
+
+
 def renew(session: Session, job_ids: Sequence[int], worker: str, *, lease_s: float) -> int:
     """Heartbeat: keep claimed jobs; returns how many are still this worker's."""
     kept = session.scalars(

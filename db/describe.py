@@ -1,0 +1,316 @@
+"""What intake must know of a spooled file, read in a sandboxed child: header, patient, digests.
+
+A value that cannot be read is None or empty, as if absent: whether that matters is judged later, by
+intake for identity and by a bundle's manifest for the rest. Nothing here runs in a process of ours.
+"""
+
+import datetime as dt
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+
+from db.errors import NotDicom
+from db.header import InstanceHeader
+from db.meta import decode_head
+from db.pixel_digest import BIG_ENDIAN, PIXEL_TAGS, pixel_sha256
+from db.sandbox import Answer
+
+_IMPLICIT = frozenset({"1.2.840.10008.1.2", "1.2.840.113619.5.2"})
+_DEFLATED = frozenset(
+    {"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"}
+)
+_DEFER_BYTES = 64 * 2**20  # per-frame groups are long; a longer value is none that we read
+_MAX_TEXT_CHARS = 1024
+_MAX_FRAMES = 100_000
+_AGE = re.compile(r"(\d{3})([DWMY])")
+_YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
+_TEXTS = {  # header field -> keyword
+    "modality": "Modality",
+    "body_part": "BodyPartExamined",
+    "series_description": "SeriesDescription",
+    "study_description": "StudyDescription",
+    "protocol_name": "ProtocolName",
+    "contrast_agent": "ContrastBolusAgent",
+    "manufacturer": "Manufacturer",
+    "model": "ManufacturerModelName",
+    "photometric": "PhotometricInterpretation",
+    "patient_position": "PatientPosition",
+    "view_position": "ViewPosition",
+    "sop_class_uid": "SOPClassUID",
+    "sop_instance_uid": "SOPInstanceUID",
+    "study_instance_uid": "StudyInstanceUID",
+    "series_instance_uid": "SeriesInstanceUID",
+    "frame_of_reference_uid": "FrameOfReferenceUID",
+}
+_INTEGERS = {
+    "series_number": "SeriesNumber",
+    "instance_number": "InstanceNumber",
+    "acquisition_number": "AcquisitionNumber",
+    "rows": "Rows",
+    "columns": "Columns",
+    "bits_allocated": "BitsAllocated",
+    "bits_stored": "BitsStored",
+    "pixel_representation": "PixelRepresentation",
+    "samples_per_pixel": "SamplesPerPixel",
+}
+_PATIENT = {
+    "patient_id": "PatientID",
+    "issuer_of_patient_id": "IssuerOfPatientID",
+    "patient_name": "PatientName",
+    "patient_birth_date": "PatientBirthDate",
+    "patient_sex": "PatientSex",
+    "accession_number": "AccessionNumber",
+    "study_date": "StudyDate",
+    "study_time": "StudyTime",
+    "study_description": "StudyDescription",
+}
+_OTHERS = (
+    "ImageType ConvolutionKernel Laterality ImageLaterality RescaleType PatientAge NumberOfFrames "
+    "RescaleSlope RescaleIntercept ImageOrientationPatient ImagePositionPatient PixelSpacing "
+    "ImagerPixelSpacing SliceThickness GantryDetectorTilt LossyImageCompression "
+    "ContributingEquipmentSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
+).split()
+_KEYWORDS = {*_TEXTS.values(), *_INTEGERS.values(), *_PATIENT.values(), *_OTHERS}
+_TAGS = [tag for keyword in sorted(_KEYWORDS) if (tag := tag_for_keyword(keyword)) is not None]
+# Whatever pydicom raises when a value is not what its VR says.
+_BAD_VALUE = (
+    ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError,
+    NotImplementedError, EOFError, OSError,
+)  # fmt: skip
+
+
+def describe(path: str) -> Answer:
+    """Read a spooled file.
+
+    Returns
+    -------
+    `header` (InstanceHeader), `patient` (the study row's fields), `pixel_sha256`,
+    `identity_sha256` (of patient, UIDs, geometry and rescale), `is_ours`; no arrays.
+
+    Raises
+    ------
+    NotDicom
+        If no data set can be read, or it is cut off.
+    """
+    with warnings.catch_warnings(), open(path, "rb") as file:
+        warnings.simplefilter("ignore")
+        syntax = decode_head(file).transfer_syntax_uid
+        body = _inflated(file) if syntax in _DEFLATED else file
+        is_big = syntax == BIG_ENDIAN
+        ds = _dataset(body, is_implicit=syntax in _IMPLICIT, is_big=is_big)
+        is_implicit = bool(ds.original_encoding[0])
+        swap = max(1, (_integer(ds, "BitsAllocated") or 8) // 8)
+        pixels = pixel_sha256(body, is_implicit=is_implicit, is_big=is_big, swap=swap)
+        header = _header(ds, syntax)
+        patient = {name: _text(ds, keyword) for name, keyword in _PATIENT.items()}
+    return {
+        "header": header.to_json(),
+        "patient": patient,
+        "pixel_sha256": pixels,
+        "identity_sha256": _identity(ds, header, patient),
+        "is_ours": _is_ours(ds),
+    }, []
+
+
+def _inflated(file: BinaryIO) -> BinaryIO:
+    """The whole data set; how large it grows is limited by this process's address space."""
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    plain = io.BytesIO()
+    try:
+        while chunk := file.read(2**16):
+            plain.write(inflate.decompress(chunk))
+    except zlib.error:
+        raise NotDicom("the deflated data set is broken") from None
+    plain.seek(0)
+    return plain
+
+
+def _dataset(file: BinaryIO, *, is_implicit: bool, is_big: bool) -> Dataset:
+    """The attributes we read; leaves `file` at the pixel data or at its end."""
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    ds = read_dataset(
+        file,
+        is_implicit,
+        not is_big,
+        stop_when=lambda tag, vr, length: int(tag) in PIXEL_TAGS,
+        defer_size=_DEFER_BYTES,
+        specific_tags=_TAGS,  # type: ignore[arg-type]  # ints are what it makes of them
+    )
+    if file.tell() > size or any(_is_cut(ds.get_item(tag)) for tag in ds.keys()):
+        raise NotDicom("the data set is cut off")
+    if not any(
+        _text(ds, keyword) for keyword in ("SOPInstanceUID", "StudyInstanceUID", "PatientID")
+    ):
+        raise NotDicom("neither UIDs nor a patient: not a data set")
+    return ds
+
+
+def _is_cut(element: Any) -> bool:
+    if not isinstance(element, RawDataElement) or element.value is None:
+        return False
+    return element.length != 0xFFFFFFFF and len(element.value) < element.length
+
+
+def _header(ds: Dataset, syntax: str) -> InstanceHeader:
+    texts = {field: _text(ds, keyword) for field, keyword in _TEXTS.items()}
+    integers = {field: _integer(ds, keyword) for field, keyword in _INTEGERS.items()}
+    patient_dates = _date(ds, "PatientBirthDate"), _date(ds, "StudyDate")
+    spacing = _numbers(ds, "PixelSpacing", 2) or _numbers(ds, "ImagerPixelSpacing", 2)
+    frames = _integer(ds, "NumberOfFrames")
+    return InstanceHeader(
+        **texts,  # type: ignore[arg-type]  # one value type per table
+        **integers,  # type: ignore[arg-type]
+        transfer_syntax_uid=syntax,
+        image_type=tuple(_texts(ds, "ImageType")),
+        kernel="\\".join(_texts(ds, "ConvolutionKernel")),
+        laterality=_text(ds, "ImageLaterality") or _text(ds, "Laterality"),
+        study_date=patient_dates[1],
+        patient_age_years=_age_years(_text(ds, "PatientAge"), *patient_dates),
+        frames=frames if frames is not None and frames > 0 else 1,
+        rescale_slope=_number(ds, "RescaleSlope"),
+        rescale_intercept=_number(ds, "RescaleIntercept"),
+        rescale_type=_text(ds, "RescaleType"),
+        orientation=_numbers(ds, "ImageOrientationPatient", 6),
+        position=_numbers(ds, "ImagePositionPatient", 3) if "ImagePositionPatient" in ds else None,
+        pixel_spacing=spacing,
+        slice_thickness=_number(ds, "SliceThickness"),
+        gantry_tilt=_number(ds, "GantryDetectorTilt"),
+        is_lossy=_text(ds, "LossyImageCompression") == "01",
+    )
+
+
+def _value(ds: Dataset, keyword: str) -> Any:
+    """The attribute, looked up in the enhanced objects' functional groups too (PS3.3 C.7.6.16)."""
+    with suppress(*_BAD_VALUE):
+        if keyword in ds:
+            return ds[keyword].value
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        with suppress(*_BAD_VALUE):
+            for macro in ds[groups].value[0]:  # the first frame stands for all
+                if macro.VR == "SQ" and macro.value and keyword in macro.value[0]:
+                    return macro.value[0][keyword].value
+    return None
+
+
+def _texts(ds: Dataset, keyword: str) -> list[str]:
+    value = _value(ds, keyword)
+    if value is None:
+        return []
+    many = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return [_clean(item) for item in (value if many else [value])]
+
+
+def _clean(value: object) -> str:
+    """Text that PostgreSQL can hold: no NUL, no lone surrogate; padding is not significant."""
+    text = str(value).encode("utf-8", "replace").decode("utf-8").replace("\0", "")
+    return text.strip()[:_MAX_TEXT_CHARS]
+
+
+def _text(ds: Dataset, keyword: str) -> str:
+    return "\\".join(_texts(ds, keyword))[:_MAX_TEXT_CHARS]
+
+
+def _numbers(ds: Dataset, keyword: str, n: int) -> tuple[float, ...] | None:
+    with suppress(*_BAD_VALUE):
+        value = _value(ds, keyword)
+        found = tuple(float(item) for item in (value if n > 1 else [value]))
+        if len(found) == n and all(map(math.isfinite, found)):
+            return found
+    return None
+
+
+def _number(ds: Dataset, keyword: str) -> float | None:
+    found = _numbers(ds, keyword, 1)
+    return found[0] if found else None
+
+
+def _integer(ds: Dataset, keyword: str) -> int | None:
+    number = _number(ds, keyword)
+    return int(number) if number is not None and abs(number) < 2**53 else None
+
+
+def _date(ds: Dataset, keyword: str) -> str:
+    text = _text(ds, keyword).replace(".", "")  # ACR-NEMA wrote 2026.11.23
+    with suppress(ValueError):
+        if len(text) == 8:
+            return dt.datetime.strptime(text, "%Y%m%d").strftime("%Y%m%d")  # noqa: DTZ007 - a day
+    return ""
+
+
+def _age_years(age: str, birth: str, study: str) -> float | None:
+    if match := _AGE.fullmatch(age):
+        return int(match[1]) * _YEARS[match[2]]
+    if birth and study:
+        born, seen = dt.date.fromisoformat(birth), dt.date.fromisoformat(study)
+        return (seen - born).days / 365.25 if seen >= born else None
+    return None
+
+
+def _is_ours(ds: Dataset) -> bool:
+    """Our results say so twice: who made the object, and what software contributed (DICOM_OUTPUT 3)."""
+    if _text(ds, "Manufacturer") != "Vigil":
+        return False
+    with suppress(*_BAD_VALUE):
+        return any(
+            _text(item, "Manufacturer") == "Vigil" and _text(item, "DeviceUID").startswith("2.25.")
+            for item in ds["ContributingEquipmentSequence"].value
+        )
+    return False
+
+
+def _identity(ds: Dataset, header: InstanceHeader, patient: dict[str, str]) -> str:
+    """Of all that may not differ between two instances of one UID; transfer syntax and words may."""
+    name = patient["patient_name"].rstrip("^= ")
+    who = [
+        patient[key]
+        for key in ("patient_id", "issuer_of_patient_id", "patient_birth_date", "patient_sex")
+    ]
+    uids = [
+        header.sop_class_uid, header.sop_instance_uid, header.study_instance_uid,
+        header.series_instance_uid, header.frame_of_reference_uid,
+    ]  # fmt: skip
+    geometry = [
+        header.rows, header.columns, header.frames, header.bits_stored, header.pixel_representation,
+        header.orientation, header.position, header.pixel_spacing, header.slice_thickness,
+        header.gantry_tilt, header.patient_position, header.laterality,
+    ]  # fmt: skip
+    rescale = [header.rescale_slope, header.rescale_intercept, header.rescale_type]
+    whole = [name, *who, *uids, *geometry, *rescale, _frames(ds)]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def _frames(ds: Dataset) -> list[list[Any]]:
+    """Geometry and rescale of each frame of an enhanced object; empty for all others."""
+    with suppress(*_BAD_VALUE):
+        groups = ds["PerFrameFunctionalGroupsSequence"].value
+        return [_frame(frame) for frame in groups[:_MAX_FRAMES]]
+    return []
+
+
+def _frame(frame: Dataset) -> list[Any]:
+    found: list[Any] = []
+    for macro in frame:
+        if macro.VR != "SQ" or not macro.value:
+            continue
+        item = macro.value[0]
+        found += [
+            _numbers(item, "ImagePositionPatient", 3), _numbers(item, "ImageOrientationPatient", 6),
+            _numbers(item, "PixelSpacing", 2), _numbers(item, "RescaleSlope", 1),
+            _numbers(item, "RescaleIntercept", 1),
+        ]  # fmt: skip
+    return found

@@ -1,0 +1,270 @@
+"""The log of everything received: write, sync, rename; what lies here as `.dcm` is acknowledged.
+
+    spool/<receiver>/<tenant>/<id>.part -> synced -> <id>.dcm -> folder synced
+
+One receiver writes into a folder, under a lock; one intake process empties it, under another.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from db.errors import PermanentError, TransientError
+from db.faults import point
+from db.files import (
+    check_room,
+    link_durably,
+    make_folder,
+    quarantine_path,
+    result_folder,
+    returned_path,
+    storage_errors,
+    store_path,
+    sync_folder,
+    write_durably,
+)
+from db.meta import Provenance, SpoolCorrupt, decode_head, encode_head
+
+__all__ = [
+    "FolderLock",
+    "Part",
+    "Provenance",
+    "Spool",
+    "SpoolBusy",
+    "SpoolCorrupt",
+    "Spooled",
+    "link_durably",
+    "quarantine_path",
+    "read_provenance",
+    "receivers",
+    "result_folder",
+    "returned_path",
+    "scan",
+    "store_path",
+    "write_durably",
+]
+
+_RECEIVER = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_TENANT = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_BUFFER_BYTES = 2**20
+
+
+class SpoolBusy(TransientError):
+    """Another process holds this spool folder."""
+
+    code = "spool_busy"
+
+
+class EmptyDataset(PermanentError):
+    """A C-STORE without a single byte of data set."""
+
+    code = "empty_dataset"
+
+
+class FolderLock:
+    """An exclusive lock that the kernel gives back when its holder dies, however it dies."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Raises SpoolBusy where somebody else holds it."""
+        with storage_errors():
+            make_folder(folder)
+            self._fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise SpoolBusy(f"{folder.name} is held by another process") from None
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """A file that waits for intake."""
+
+    id: uuid.UUID
+    tenant: str
+    path: Path
+
+
+class Part:
+    """An instance on its way to the disk; nobody reads it before `commit`. Used by one thread at a time."""
+
+    def __init__(self, folder: Path, source: Provenance) -> None:
+        self.id = uuid.uuid4()
+        self._path = folder / f"{self.id}.part"
+        self._is_open = True
+        self.size_bytes = 0  # of the data set alone
+        with storage_errors():
+            self._file = open(self._path, "xb", buffering=_BUFFER_BYTES)  # noqa: SIM115 - lives on
+        try:
+            with storage_errors():
+                self._file.write(encode_head(source))
+        except TransientError:
+            self.discard()
+            raise
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the data set. Raises DiskFull or StorageError; `discard` then."""
+        with storage_errors():
+            self._file.write(data)
+        self.size_bytes += len(data)
+
+    def commit(self) -> uuid.UUID:
+        """Make the instance durable: after this, and only then, Success may be answered.
+
+        Raises
+        ------
+        EmptyDataset, DiskFull, StorageError
+            Nothing is kept then.
+        """
+        try:
+            if not self.size_bytes:
+                raise EmptyDataset("the data set is empty")
+            with storage_errors():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                point("spool_synced")
+                final = self._path.with_suffix(".dcm")
+                os.rename(self._path, final)
+                self._path = final  # so that a folder that cannot be synced leaves nothing behind
+                sync_folder(final.parent)
+        except (EmptyDataset, TransientError):
+            self.discard()
+            raise
+        self._is_open = False
+        point("spool_renamed")
+        return self.id
+
+    def discard(self) -> None:
+        """Forget it, half-written or not; harmless after `commit`."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        with contextlib.suppress(OSError):  # what is left goes when the next receiver starts
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+class Spool:
+    """One receiver's folder, held for as long as this object lives."""
+
+    def __init__(self, data_dir: Path, receiver: str, *, min_free_mb: int = 0) -> None:
+        """Lock the folder and clear what a dead receiver left half-written.
+
+        Raises
+        ------
+        SpoolBusy, DiskFull, StorageError
+        """
+        if not _RECEIVER.fullmatch(receiver):
+            raise ValueError(f"not a receiver name: {receiver!r}")
+        self.folder = data_dir / "spool" / receiver
+        self._min_free_mb = min_free_mb
+        self._lock = FolderLock(self.folder, ".receiver.lock")
+        clear_parts(self.folder)
+
+    def begin(self, source: Provenance) -> Part:
+        """Open a place for an instance whose bytes are still to come.
+
+        Raises
+        ------
+        DiskFull
+            Below the watermark too.
+        StorageError
+        """
+        if not _TENANT.fullmatch(source.tenant):
+            raise ValueError("not a tenant id")
+        check_room(self.folder, self._min_free_mb)
+        folder = self.folder / source.tenant
+        with storage_errors():
+            make_folder(folder)
+        return Part(folder, source)
+
+    def keep(self, source: Provenance, data: bytes | Iterable[bytes]) -> uuid.UUID:
+        """Spool a whole data set, encoded in `source.transfer_syntax_uid`, without a file meta group.
+
+        Returns
+        -------
+        Its id, once file and folder are synced.
+
+        Raises
+        ------
+        EmptyDataset, DiskFull, StorageError
+            Nothing is kept then.
+        """
+        part = self.begin(source)
+        try:
+            for chunk in (data,) if isinstance(data, bytes) else data:
+                part.write(chunk)
+            return part.commit()
+        finally:
+            part.discard()
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove half-written files; only for who holds the receiver's lock."""
+    with storage_errors():
+        for part in folder.glob("*/*.part"):
+            part.unlink(missing_ok=True)
+
+
+def receivers(data_dir: Path) -> list[Path]:
+    """The spool folders there are, in name order."""
+    spool = data_dir / "spool"
+    with storage_errors():
+        return sorted(path for path in spool.iterdir() if path.is_dir()) if spool.is_dir() else []
+
+
+def scan(folder: Path, limit: int | None = None) -> list[Spooled]:
+    """What waits in one receiver's folder, oldest first.
+
+    Oldest by modification time, which is the reception's: the first instance of a study decides
+    whose study it is. At most `limit` (the oldest) are returned.
+    """
+    with storage_errors():
+        found = sorted(_entries(folder), key=lambda item: item[0])
+    return [item for _, item in found[:limit]]
+
+
+def _entries(folder: Path) -> Iterator[tuple[int, Spooled]]:
+    for tenant in os.scandir(folder):
+        if not (tenant.is_dir() and _TENANT.fullmatch(tenant.name)):
+            continue
+        for entry in os.scandir(tenant.path):
+            name, dot, kind = entry.name.partition(".")
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                if dot and kind == "dcm":
+                    item = Spooled(uuid.UUID(name), tenant.name, Path(entry.path))
+                    yield entry.stat().st_mtime_ns, item
+
+
+def read_provenance(path: Path) -> Provenance:
+    """Where a spooled file came from.
+
+    Raises
+    ------
+    SpoolCorrupt
+    StorageError
+    """
+    with storage_errors(), open(path, "rb") as file:
+        return decode_head(file)
