@@ -5,6 +5,7 @@ import os
 import select
 import signal
 from types import FrameType
+from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
 
@@ -12,15 +13,24 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int) -> None:
     """Ask the kernel for SIGTERM when process `parent` ends; call it first.
 
-    Linux sends it when the *thread* that started us ends (prctl 2): start children from a main thread.
+    Linux sends it when the *thread* that started us ends (prctl 2): start children from a
+    main thread.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Stop(Protocol):
+    """What tells a loop to stop: a StopSignal, or a threading.Event in tests."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout_s: float, /) -> bool: ...
+
+
 class StopSignal:
-    """Set by SIGTERM or SIGINT. Not a threading.Event, whose lock a handler may find taken by its own thread."""
+    """Set by SIGTERM or SIGINT. No threading.Event: its lock may be its own handler's thread's."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -1,0 +1,136 @@
+"""From a claimed job to model inputs: decoding in sandboxed children, one instance at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from uuid import UUID
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from config.settings import InferenceSettings
+from db import queue
+from db.errors import ChildDied, PermanentError, TransientError
+from db.files import store_path
+from db.header import InstanceHeader
+from db.pixels import read_images
+from db.result import Eligibility
+from db.sandbox import Sandbox
+from inference.bundle import Bundle
+from inference.eligibility import check_pixels, judge
+from inference.manifest import Manifest
+from inference.predict import Prepared, prepare
+from inference.readiness import headers_of
+from inference.volume import Decoded, build_volume
+
+#: An instance whose decoding kills the child this often is not read again.
+MAX_DEATHS = 2
+
+
+class Undecodable(PermanentError):
+    """An image crashed, hung or exhausted the decoder each time it was tried."""
+
+    code: ClassVar[str] = "undecodable"
+
+
+class InstanceGone(TransientError):
+    """A chosen instance is not in the store (any more)."""
+
+    code: ClassVar[str] = "instance_gone"
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A study ready for the device."""
+
+    prepared: Prepared
+    is_partial: bool
+
+
+class Loader:
+    """Reads studies; any thread may call, the sandbox has as many children as settings say."""
+
+    def __init__(self, engine: Engine, data_dir: Path, settings: InferenceSettings) -> None:
+        self._engine = engine
+        self._data_dir = data_dir
+        self._settings = settings
+        self._sandbox = Sandbox(
+            size=settings.loaders,
+            memory_mb=settings.loader_memory_mb,
+            cpu_s=settings.loader_timeout_s,
+        )
+
+    def close(self) -> None:
+        self._sandbox.close()
+
+    def load(self, job: queue.ClaimedJob, bundle: Bundle) -> Loaded | Eligibility:
+        """Everything from rows to model inputs, or why the study cannot be judged.
+
+        Raises
+        ------
+        StaleAnalysis
+            If the analysis has moved on since the job was made.
+        NodeError
+            If an image cannot be decoded, now or ever.
+        """
+        with Session(self._engine) as session:
+            analysis = queue.analysis_of(session, job)
+            only = analysis.analysed_ids or None
+            headers = headers_of(session, job.study_id, only)
+        if only and len(headers) < len(only):
+            raise InstanceGone(f"{len(only) - len(headers)} chosen instances are not in the store")
+        chosen = judge(headers, bundle.manifest)
+        if isinstance(chosen, Eligibility):
+            return chosen
+        folder = (job.tenant, job.study_id)
+        images = [
+            self._decode(folder, instance_id, headers[instance_id])
+            for instance_id in chosen.instance_ids
+        ]
+        made = prepare_images(images, bundle)
+        if isinstance(made, Eligibility):
+            return made
+        return Loaded(made, is_partial=analysis.is_partial or not chosen.is_complete)
+
+    def _decode(self, folder: tuple[str, int], instance_id: str, header: InstanceHeader) -> Decoded:
+        path = store_path(self._data_dir, *folder, UUID(instance_id))
+        return decode(self._sandbox, path, instance_id, header, self._settings)
+
+
+def decode(
+    sandbox: Sandbox,
+    path: Path,
+    instance_id: str,
+    header: InstanceHeader,
+    settings: InferenceSettings,
+) -> Decoded:
+    """Decode one instance in a child; a second child tries when the first one dies.
+
+    Raises
+    ------
+    Undecodable
+        If it killed its child each time.
+    """
+    for attempt in range(1, MAX_DEATHS + 1):
+        try:
+            meta, arrays = sandbox.run(
+                read_images,
+                str(path.resolve()),
+                None,
+                settings.max_pixels,
+                timeout_s=settings.loader_timeout_s,
+            )
+            return Decoded(instance_id, header, meta, arrays[0])
+        except ChildDied as error:
+            if attempt == MAX_DEATHS:
+                raise Undecodable("an image ended its decoder each time it was read") from error
+    raise AssertionError("unreachable")
+
+
+def prepare_images(images: Sequence[Decoded], bundle: Bundle) -> Prepared | Eligibility:
+    """Decoded images to model inputs, or the pixel rule that refuses them."""
+    manifest: Manifest = bundle.manifest
+    volume = build_volume(images, manifest)
+    refused = check_pixels(volume, manifest)
+    return refused if refused is not None else prepare(volume, bundle)

@@ -1,0 +1,278 @@
+"""The loop of `vigil infer`: claims jobs, keeps loaders ahead of the device, stores what was found.
+
+    claim -> load (threads, each asking a sandboxed child) -> batch (across studies) -> finish
+
+The device never waits for the database or a decoder while images are loaded; a study is claimed
+only when there is room for it.
+"""
+
+import contextlib
+import datetime as dt
+import queue as threads
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from config.settings import Settings
+from config.tenants import Tenant
+from db import queue, results
+from db.errors import DatabaseAway, NodeError, StaleAnalysis
+from db.files import result_folder, write_durably
+from db.job import JobKind
+from db.process import Stop
+from db.result import Eligibility, Finding
+from inference.batcher import Batcher, Work
+from inference.device import Device, DeviceFault
+from inference.loader import Loaded, Loader
+from inference.predict import make_finding, make_heatmaps
+from inference.serving import Served
+
+log = structlog.get_logger()
+
+LEASE_S = 60.0
+RENEW_S = 15.0
+DATABASE_RETRY_S = 2.0
+POLL_S = 0.5  # NOTIFY is only a hint, and a poll is cheap
+
+
+@dataclass(eq=False)
+class InFlight:
+    """A claimed study on its way through loader and device."""
+
+    job: queue.ClaimedJob
+    bundle: str
+    started_at: str  # ISO 8601 UTC
+    loading: Future[Loaded | Eligibility]
+    loaded: Loaded | None = None
+
+
+class Scheduler:
+    """Runs in one thread; loaders run beside it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        served: Mapping[str, Served],
+        device: Device,
+        worker: str,
+        stop: Stop,
+    ) -> None:
+        self._engine = engine
+        self._served = served
+        self._device = device
+        self._worker = worker
+        self._stop = stop
+        self._data_dir = settings.node.data_dir
+        self._tenants: dict[str, Tenant] = {tenant.id: tenant for tenant in settings.tenants}
+        self._loader = Loader(engine, settings.node.data_dir, settings.inference)
+        self._pool = ThreadPoolExecutor(settings.inference.loaders, thread_name_prefix="load")
+        # As many as decode at once, and one to wait: claiming more would keep them from others.
+        self._room = settings.inference.loaders + 1
+        self._batcher = Batcher(settings.inference.max_batch)
+        self._flights: dict[int, InFlight] = {}
+        self._loaded: threads.SimpleQueue[int] = threads.SimpleQueue()
+        self._renewed_at = time.monotonic()
+
+    def run(self) -> None:
+        """Work until told to stop; what is under way then goes back to the queue."""
+        try:
+            while not self._stop.is_set():
+                try:
+                    if not self.step():
+                        self._wait()
+                except OperationalError:
+                    # Nothing is lost: leases run out, and what was scored is scored again.
+                    log.warning("database_away", exc_code=DatabaseAway.code)
+                    self._stop.wait(DATABASE_RETRY_S)
+        finally:
+            self.close()
+
+    def step(self) -> bool:
+        """One round: claim, take in what is loaded, run one batch. False when there was nothing."""
+        self._renew()
+        claimed = self._claim()
+        taken = self._take_loaded()
+        return self._run_batch() or claimed or taken
+
+    def close(self) -> None:
+        """Give back what is under way and end the loaders."""
+        for flight in list(self._flights.values()):
+            self._flights.pop(flight.job.id)
+            try:
+                with Session(self._engine) as session, session.begin():
+                    queue.release(session, flight.job)
+            except OperationalError:
+                break  # the leases run out by themselves
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
+
+    def _wait(self) -> None:
+        if self._flights:
+            # Something is being loaded: wake up as soon as it is there.
+            with contextlib.suppress(threads.Empty):
+                self._loaded.put(self._loaded.get(timeout=POLL_S))
+        else:
+            self._stop.wait(POLL_S)
+
+    def _renew(self) -> None:
+        if time.monotonic() - self._renewed_at < RENEW_S:
+            return
+        self._renewed_at = time.monotonic()
+        if self._flights:
+            with Session(self._engine) as session, session.begin():
+                queue.renew(session, list(self._flights), self._worker, lease_s=LEASE_S)
+
+    def _claim(self) -> bool:
+        if len(self._flights) >= self._room:
+            return False
+        with Session(self._engine) as session, session.begin():
+            job = queue.claim(
+                session,
+                [JobKind.INFER],
+                self._worker,
+                lease_s=LEASE_S,
+                bundles=list(self._served),
+            )
+            bundle = queue.bundle_of(session, job) if job else ""
+        if job is None:
+            return False
+        log.info("job_claimed", job_id=job.id, tenant=job.tenant, bundle=bundle)
+        now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        future = self._pool.submit(self._loader.load, job, self._served[bundle].bundle)
+        self._flights[job.id] = InFlight(job, bundle, now, future)
+        future.add_done_callback(lambda _: self._loaded.put(job.id))
+        return True
+
+    def _take_loaded(self) -> bool:
+        """Hand what the loaders finished to the batcher, or end it with its reason."""
+        try:
+            flight = self._flights.get(self._loaded.get_nowait())
+        except threads.Empty:
+            return False
+        if flight is None or flight.loaded is not None:
+            return True
+        try:
+            made = flight.loading.result()
+        except NodeError as error:
+            self._fail(flight, error)
+            return True
+        if isinstance(made, Eligibility):
+            self._end(flight, made)
+            return True
+        flight.loaded = made
+        served = self._served[flight.bundle]
+        inputs = made.prepared.inputs
+        n_labels = len(served.bundle.manifest.labels)
+        self._batcher.add(Work(flight.job.id, flight.bundle, flight.job.lane, inputs, n_labels))
+        return True
+
+    def _run_batch(self) -> bool:
+        batch = self._batcher.next(self._device.limit)
+        if batch is None:
+            return False
+        started = time.monotonic()
+        try:
+            scored = self._device.score(self._served[batch.bundle].model, batch.inputs)
+        except DeviceFault as fault:
+            log.error("device_failed", exc_code=fault.code)
+            for work, _, _ in batch.parts:
+                self._batcher.discard(work.key)
+                job = self._flights.pop(work.key).job
+                self._commit(lambda session, job=job: queue.release(session, job))  # type: ignore[misc]
+            raise
+        log.debug("batch_scored", n=batch.n, duration_s=round(time.monotonic() - started, 3))
+        for work in batch.scatter(scored):
+            if work.key in self._flights:
+                self._finish(self._flights[work.key], work)
+        return True
+
+    def _finish(self, flight: InFlight, work: Work) -> None:
+        """From a study's logits to a stored finding."""
+        try:
+            self._store(flight, work)
+        except NodeError as error:
+            self._fail(flight, error)
+
+    def _store(self, flight: InFlight, work: Work) -> None:
+        if flight.loaded is None:
+            raise AssertionError("only loaded studies are batched")
+        served = self._served[flight.bundle]
+        prepared = flight.loaded.prepared
+        tenant = self._tenants[flight.job.tenant]
+        finding = make_finding(
+            prepared,
+            work.logits,
+            served.bundle,
+            started_at=flight.started_at,
+            result_uuid=str(uuid.uuid4()),
+            numerics=served.numerics,
+            thresholds=tenant.thresholds,
+            prevalence=tenant.prevalence,
+            is_partial=flight.loaded.is_partial,
+        )
+        finding, maps = make_heatmaps(prepared, finding, served.bundle, served.explainer)
+        write_maps(self._data_dir, flight.job.tenant, finding, maps)
+        self._commit(lambda session: results.store_finding(session, flight.job, finding))
+        self._flights.pop(flight.job.id)
+        log.info(
+            "finding_stored",
+            job_id=flight.job.id,
+            tenant=flight.job.tenant,
+            bundle=flight.bundle,
+            n_images=len(finding.images),
+        )
+
+    def _end(self, flight: InFlight, refusal: Eligibility) -> None:
+        self._flights.pop(flight.job.id)
+        try:
+            self._commit(lambda session: results.store_refusal(session, flight.job, refusal))
+        except StaleAnalysis as error:
+            self._record_failure(flight, error)
+        log.info("study_not_eligible", job_id=flight.job.id, reason_code=refusal.rule)
+
+    def _fail(self, flight: InFlight, error: NodeError) -> None:
+        self._flights.pop(flight.job.id, None)
+        self._batcher.discard(flight.job.id)
+        self._record_failure(flight, error)
+        log.warning("job_failed", job_id=flight.job.id, exc_code=error.code)
+
+    def _record_failure(self, flight: InFlight, error: NodeError) -> None:
+        self._commit(lambda session: queue.fail(session, flight.job, error))
+
+    def _commit(self, action: Callable[[Session], object]) -> None:
+        """Do it in a transaction, however long the database is away: nothing else can be done."""
+        while True:
+            try:
+                with Session(self._engine) as session, session.begin():
+                    action(session)
+                return
+            except OperationalError:
+                log.warning("database_away", exc_code=DatabaseAway.code)
+                if self._stop.wait(DATABASE_RETRY_S):
+                    raise  # the lease runs out, and another worker takes the job
+
+
+def write_maps(
+    data_dir: Path, tenant: str, finding: Finding, maps: Sequence[NDArray[np.float32]]
+) -> None:
+    """Keep the key images' raw heat maps: `cam_0`, `cam_1`, ... in the source matrix, float32."""
+    if not maps:
+        return
+    file = BytesIO()
+    arrays: dict[str, Any] = {f"cam_{i}": one for i, one in enumerate(maps)}
+    np.savez_compressed(file, **arrays)
+    folder = result_folder(data_dir, tenant, uuid.UUID(finding.result_uuid))
+    write_durably(folder / "maps.npz", file.getvalue())

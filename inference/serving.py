@@ -1,0 +1,94 @@
+"""The resident models: loaded once, checked against their reference, kept on the device."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+from torch import nn
+
+from db.errors import PermanentError
+from inference.bundle import Bundle, load_bundle
+from inference.model import check_reference, load_model
+
+log = structlog.get_logger()
+
+#: The bundles that come with the node.
+SHIPPED = Path(__file__).resolve().parents[1] / "weights"
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A bundle that is ready to serve."""
+
+    bundle: Bundle
+    model: nn.Module  # on the device
+    explainer: nn.Module  # eager fp32 copy for heat maps, with gradients
+    numerics: str
+
+
+@dataclass(frozen=True, eq=False)
+class Refused:
+    """A bundle that must not serve, and why; the other bundles go on."""
+
+    name: str
+    code: str
+    reason: str
+
+
+def bundle_folder(model: str) -> Path:
+    """The folder of a configured model: one of those shipped, else a path."""
+    shipped = SHIPPED / model
+    return shipped if "/" not in model and shipped.is_dir() else Path(model)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device to serve on; `auto` takes the first GPU there is.
+
+    Raises
+    ------
+    PermanentError
+        If a GPU was asked for and there is none.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise PermanentError(f"inference.device is {wanted}, but no GPU can be used here")
+    return torch.device(wanted)
+
+
+def load_served(
+    models: Sequence[str], device: torch.device
+) -> tuple[Mapping[str, Served], tuple[Refused, ...]]:
+    """Load every bundle; one that fails its checks is refused and the rest serve."""
+    served: dict[str, Served] = {}
+    refused: list[Refused] = []
+    for model in models:
+        started = time.monotonic()
+        try:
+            one = _load(bundle_folder(model), device)
+        except PermanentError as error:
+            name = Path(model).name
+            log.error("model_refused", bundle=name, exc_code=error.code)
+            refused.append(Refused(name, error.code, str(error)))
+            continue
+        served[one.bundle.name] = one
+        log.info(
+            "model_loaded",
+            bundle=one.bundle.name,
+            version=one.bundle.manifest.version,
+            device=str(device),
+            numerics=one.numerics,
+            duration_s=round(time.monotonic() - started, 2),
+        )
+    return served, tuple(refused)
+
+
+def _load(folder: Path, device: torch.device) -> Served:
+    bundle = load_bundle(folder)
+    model = load_model(bundle, device)
+    # fp32 is the reference and serves everywhere; a bundle that misses its own numbers does not.
+    check_reference(bundle, model)
+    return Served(bundle, model, load_model(bundle, device), numerics="fp32")
