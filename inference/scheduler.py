@@ -92,7 +92,7 @@ class Scheduler:
             while not self._stop.is_set():
                 try:
                     if not self.step():
-                        self._wait()
+                        self.wait()
                 except OperationalError:
                     # Nothing is lost: leases run out, and what was scored is scored again.
                     log.warning("database_away", exc_code=DatabaseAway.code)
@@ -119,7 +119,13 @@ class Scheduler:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._loader.close()
 
-    def _wait(self) -> None:
+    @property
+    def is_busy(self) -> bool:
+        """Whether claimed studies are under way."""
+        return bool(self._flights)
+
+    def wait(self) -> None:
+        """Sleep a moment, or until something has been loaded."""
         if self._flights:
             # Something is being loaded: wake up as soon as it is there.
             with contextlib.suppress(threads.Empty):

@@ -1,0 +1,223 @@
+"""Spool to finding: the real intake, readiness, loader and scheduler, with small bundles."""
+
+import datetime as dt
+import hashlib
+
+import numpy as np
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from db import operator
+from db.result import Finding
+from db.tables import AnalysisRow, EventRow, JobRow, ResultRow, StudyRow
+from inference.serving import load_served, pick_device
+from tests.bundles.make import make_bundle
+from tests.bundles.sources import head_series, radiograph
+from tests.stage import Stages
+
+
+@pytest.fixture
+def stages(engine, settings, tmp_path):
+    stages = Stages(engine, settings, make_bundle(tmp_path / "head"))
+    yield stages
+    stages.close()
+
+
+def analysis(stages: Stages) -> AnalysisRow:
+    with Session(stages.engine) as session:
+        return session.scalars(select(AnalysisRow)).one()
+
+
+def results(stages: Stages) -> list[ResultRow]:
+    with Session(stages.engine) as session:
+        return list(session.scalars(select(ResultRow).order_by(ResultRow.result_no)))
+
+
+def test_a_whole_series_becomes_a_finding(stages):
+    stages.receive(patient(head_series()))
+    assert analysis(stages).state == "WAITING"
+
+    stages.judge()
+    assert analysis(stages).state == "QUEUED"
+    stages.infer()
+
+    row = analysis(stages)
+    (result,) = results(stages)
+    finding = Finding.from_json(result.finding)
+    assert (row.state, row.result_no, row.is_partial) == ("FOUND", 1, False)
+    assert len(finding.images) == 16
+    assert [label.label for label in finding.labels] == ["any", "left", "rare"]
+    assert np.isfinite(finding.image_logits["any"]).all()
+
+
+def test_heat_maps_of_key_images_are_kept_in_the_source_matrix(engine, settings, tmp_path):
+    stages = Stages(
+        engine, settings, make_bundle(tmp_path / "head"), thresholds={"head.any": 0.001}
+    )
+    stages.receive(patient(head_series()))
+    stages.judge()
+    stages.infer()
+
+    (result,) = results(stages)
+    finding = Finding.from_json(result.finding)
+    folder = stages.settings.node.data_dir / "results" / "north" / finding.result_uuid
+    with np.load(folder / "maps.npz") as maps:
+        shapes = {name: maps[name].shape for name in maps.files}
+    stages.close()
+    assert finding.is_positive
+    assert shapes == {f"cam_{i}": (128, 128) for i in range(len(finding.key_images))}
+
+
+def test_a_series_with_a_hole_waits_and_is_then_partial(stages):
+    images = patient(head_series())
+    del images[7]
+    stages.receive(images)
+
+    stages.judge()
+    assert analysis(stages).state == "WAITING"
+    with Session(stages.engine) as session, session.begin():
+        long_ago = func.now() - dt.timedelta(seconds=601)
+        session.execute(update(StudyRow).values(last_instance_at=long_ago))
+    stages.judge()
+    stages.infer()
+
+    assert analysis(stages).is_partial
+    (result,) = results(stages)
+    finding = Finding.from_json(result.finding)
+    assert finding.is_partial
+    assert any("missing" in note for note in finding.notes)
+
+
+def test_late_slices_reopen_and_a_second_result_is_issued(stages):
+    images = patient(head_series())
+    stages.receive(images[:-4])
+    stages.judge()
+    stages.infer()
+    assert len(results(stages)) == 1
+
+    stages.receive(images[-4:])
+    stages.judge()
+    stages.infer()
+
+    first, second = (Finding.from_json(row.finding) for row in results(stages))
+    assert (len(first.images), len(second.images)) == (12, 16)
+    assert analysis(stages).result_no == 2
+
+
+def test_the_same_images_again_change_nothing(stages):
+    images = patient(head_series())
+    for _ in range(2):
+        stages.receive(images)
+        stages.judge()
+        stages.infer()
+
+    assert len(results(stages)) == 1
+
+
+def test_another_object_in_the_study_issues_nothing_again(stages):
+    images = patient(head_series())
+    stages.receive(images)
+    stages.judge()
+    stages.infer()
+
+    other = patient(head_series(n=3, SeriesInstanceUID="1.2.3.99", SeriesNumber=9))
+    stages.receive(other)
+    stages.judge()
+    stages.infer()
+
+    assert len(results(stages)) == 1
+    assert analysis(stages).state == "FOUND"
+
+
+def test_what_does_not_apply_ends_with_a_reason_and_is_reopened_by_what_does(stages):
+    stages.receive(patient(head_series(BodyPartExamined="CHEST")))
+    stages.judge()
+    row = analysis(stages)
+    assert row.state == "NOT_ANALYSED"
+    assert row.reason
+
+    good = patient(head_series(SeriesInstanceUID="1.2.3.2"))
+    stages.receive(good)
+    stages.judge()
+    stages.infer()
+
+    assert analysis(stages).state == "FOUND"
+
+
+def test_an_operator_may_run_it_again(stages):
+    stages.receive(patient(head_series()))
+    stages.judge()
+    stages.infer()
+
+    with Session(stages.engine) as session, session.begin():
+        operator.rerun(session, analysis(stages).id, actor="test")
+    stages.infer()
+
+    first, second = results(stages)
+    assert second.result_no == 2
+    assert first.finding["image_logits"] == second.finding["image_logits"]
+
+
+def test_an_image_that_cannot_be_decoded_ends_in_a_stated_failure(stages):
+    images = patient(head_series())
+    images[3].PixelData = images[3].PixelData[:1000]
+    stages.receive(images)
+    stages.judge()
+    stages.infer()
+
+    row = analysis(stages)
+    assert row.state == "FAILED"
+    assert row.reason_code
+    with Session(stages.engine) as session:
+        assert session.scalars(select(EventRow).where(EventRow.is_alarm)).first() is not None
+
+
+def test_work_under_way_goes_back_when_the_worker_stops(stages):
+    stages.receive(patient(head_series()))
+    stages.judge()
+    stages.scheduler.step()
+
+    stages.scheduler.close()
+
+    with Session(stages.engine) as session:
+        job = session.scalars(select(JobRow)).one()
+    assert (job.state, job.attempts, job.crashes) == ("TODO", 0, 0)
+
+
+def test_a_bundle_of_another_kind_runs_on_the_same_code(engine, settings, tmp_path):
+    stages = Stages(engine, settings, make_bundle(tmp_path / "chest", "chest"))
+    rng = np.random.default_rng(3)
+    picture = rng.integers(200, 3800, (96, 80)).astype(np.uint16)
+    stages.receive(patient([radiograph(picture)]))
+    stages.judge()
+    stages.infer()
+    row = analysis(stages)
+    stages.close()
+
+    assert (row.state, row.reason) == ("FOUND", "")
+    (result,) = results(stages)
+    assert len(Finding.from_json(result.finding).images) == 1
+
+
+def test_altered_weights_are_refused_and_the_other_bundle_serves(tmp_path):
+    good, bad = make_bundle(tmp_path / "head"), make_bundle(tmp_path / "chest", "chest")
+    weights = bytearray((bad / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (bad / "model.safetensors").write_bytes(weights)
+
+    served, refused = load_served([str(good), str(bad)], pick_device("cpu"))
+
+    assert list(served) == ["head"]
+    assert [(one.name, one.code) for one in refused] == [("chest", "weights_hash")]
+
+
+def patient(datasets):
+    """One made-up patient; the study's own UID stays."""
+    for dataset in datasets:
+        dataset.PatientID, dataset.PatientName = "P1", "DOE^JANE"
+        text = dataset.SeriesInstanceUID + str(getattr(dataset, "ImagePositionPatient", ""))
+        number = int(hashlib.sha256(text.encode()).hexdigest()[:20], 16)
+        dataset.SOPInstanceUID = f"2.25.{number}"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    return datasets

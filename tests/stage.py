@@ -1,0 +1,107 @@
+"""A node's stages run by hand: reception without a network, intake, readiness, inference."""
+
+import io
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from pydicom import Dataset, dcmwrite
+from sqlalchemy import Engine, func, update
+from sqlalchemy.orm import Session
+
+from config.settings import InferenceSettings, Settings
+from config.tenants import Tenant
+from db.intake import Intake
+from db.meta import Provenance
+from db.sandbox import Sandbox
+from db.spool import Spool
+from db.tables import AnalysisRow
+from inference.device import Device
+from inference.readiness import Readiness
+from inference.scheduler import Scheduler
+from inference.serving import load_served
+
+
+def encoded(dataset: Dataset) -> bytes:
+    """The data set alone, as it travels in a C-STORE."""
+    buffer = io.BytesIO()
+    dcmwrite(buffer, dataset, enforce_file_format=False)
+    whole = buffer.getvalue()
+    if whole[128:132] != b"DICM":
+        return whole
+    length = int.from_bytes(whole[140:144], "little")
+    return whole[144 + length :]
+
+
+class Stages:
+    """Spool, intake, readiness and scheduler over one database; each step when the test says so."""
+
+    def __init__(self, engine: Engine, settings: Settings, bundle: Path, **tenant: object) -> None:
+        name = bundle.name
+        owner = Tenant(
+            id="north", ae_titles=("NORTH_AI",), models=(name,), quiet_period_s=60.0, **tenant
+        )
+        self.settings = settings.model_copy(
+            update={
+                "tenants": (owner,),
+                "inference": InferenceSettings(models=(str(bundle),), loaders=1),
+            }
+        )
+        self.engine = engine
+        served, refused = load_served([str(bundle)], torch.device("cpu"))
+        assert not refused, refused
+        self.sandbox = Sandbox(size=1)
+        self.intake = Intake(engine, self.settings, self.sandbox, readers=1)
+        self.spool = Spool(self.settings.node.data_dir, "test")
+        manifests = {key: one.bundle.manifest for key, one in served.items()}
+        self.readiness = Readiness(engine, self.settings, manifests)
+        self.scheduler = Scheduler(
+            engine, self.settings, served, Device(torch.device("cpu"), 8), "test", threading.Event()
+        )
+
+    def receive(self, datasets: Iterable[Dataset]) -> None:
+        """Spool and take in, as if a scanner had sent them."""
+        for dataset in datasets:
+            source = Provenance(
+                tenant="north",
+                calling_ae="CT1",
+                called_ae="NORTH_AI",
+                received_at="2026-01-01T00:00:00+00:00",
+                sop_class_uid=dataset.SOPClassUID,
+                sop_instance_uid=dataset.SOPInstanceUID,
+                transfer_syntax_uid=dataset.file_meta.TransferSyntaxUID,
+            )
+            self.spool.keep(source, encoded(dataset))
+        folder = self.settings.node.data_dir / "spool" / "test"
+        while self.intake.take(folder):
+            pass
+
+    def pass_quiet_period(self) -> None:
+        """As if nothing had arrived for long enough."""
+        with Session(self.engine) as session, session.begin():
+            session.execute(
+                update(AnalysisRow)
+                .where(AnalysisRow.judge_at.is_not(None))
+                .values(judge_at=func.now())
+            )
+
+    def judge(self) -> None:
+        self.pass_quiet_period()
+        while self.readiness.sweep_once():
+            pass
+
+    def infer(self, deadline_steps: int = 400) -> None:
+        """Until nothing is left to do."""
+        for _ in range(deadline_steps):
+            if not self.scheduler.step():
+                if not self.scheduler.is_busy:
+                    return
+                self.scheduler.wait()
+        raise AssertionError("inference did not come to an end")
+
+    def close(self) -> None:
+        self.scheduler.close()
+        self.intake.close()
+        self.sandbox.close()
+        self.spool.close()
