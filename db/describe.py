@@ -33,7 +33,7 @@ _DEFLATED = frozenset(
     {"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"}
 )
 _DEFER_BYTES = 64 * 2**20  # per-frame groups are long; a longer value is none that we read
-_MAX_TEXT_CHARS = 1024
+_MAX_TEXT_CHARS = 256  # four times what LO may hold; an index row holds 2704 bytes
 _MAX_FRAMES = 100_000
 _AGE = re.compile(r"(\d{3})([DWMY])")
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
@@ -77,12 +77,13 @@ _PATIENT = {
     "study_time": "StudyTime",
     "study_description": "StudyDescription",
 }
-_OTHERS = (
-    "ImageType ConvolutionKernel Laterality ImageLaterality RescaleType PatientAge NumberOfFrames "
-    "RescaleSlope RescaleIntercept ImageOrientationPatient ImagePositionPatient PixelSpacing "
-    "ImagerPixelSpacing SliceThickness GantryDetectorTilt LossyImageCompression "
-    "ContributingEquipmentSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
-).split()
+_OTHERS = [
+    "ImageType", "ConvolutionKernel", "Laterality", "ImageLaterality", "RescaleType", "PatientAge",
+    "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "ImageOrientationPatient",
+    "ImagePositionPatient", "PixelSpacing", "ImagerPixelSpacing", "SliceThickness",
+    "GantryDetectorTilt", "LossyImageCompression", "ContributingEquipmentSequence",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
 _KEYWORDS = {*_TEXTS.values(), *_INTEGERS.values(), *_PATIENT.values(), *_OTHERS}
 _TAGS = [tag for keyword in sorted(_KEYWORDS) if (tag := tag_for_keyword(keyword)) is not None]
 # Whatever pydicom raises when a value is not what its VR says.
@@ -149,9 +150,10 @@ def _dataset(file: BinaryIO, *, is_implicit: bool, is_big: bool) -> Dataset:
         not is_big,
         stop_when=lambda tag, vr, length: int(tag) in PIXEL_TAGS,
         defer_size=_DEFER_BYTES,
-        specific_tags=_TAGS,  # type: ignore[arg-type]  # ints are what it makes of them
+        specific_tags=_TAGS,
     )
-    if file.tell() > size or any(_is_cut(ds.get_item(tag)) for tag in ds.keys()):
+    tags = list(ds.keys())  # iterating over the data set itself would convert its values
+    if file.tell() > size or any(_is_cut(ds.get_item(tag)) for tag in tags):
         raise NotDicom("the data set is cut off")
     if not any(
         _text(ds, keyword) for keyword in ("SOPInstanceUID", "StudyInstanceUID", "PatientID")
@@ -262,7 +264,7 @@ def _age_years(age: str, birth: str, study: str) -> float | None:
 
 
 def _is_ours(ds: Dataset) -> bool:
-    """Our results say so twice: who made the object, and what software contributed (DICOM_OUTPUT 3)."""
+    """Our results say so twice: who made the object, and what software contributed."""
     if _text(ds, "Manufacturer") != "Vigil":
         return False
     with suppress(*_BAD_VALUE):
@@ -274,7 +276,7 @@ def _is_ours(ds: Dataset) -> bool:
 
 
 def _identity(ds: Dataset, header: InstanceHeader, patient: dict[str, str]) -> str:
-    """Of all that may not differ between two instances of one UID; transfer syntax and words may."""
+    """A digest of all that may not differ between two instances of one UID."""
     name = patient["patient_name"].rstrip("^= ")
     who = [
         patient[key]

@@ -4,17 +4,19 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from db.errors import DiskFull, TransientError
+from db.meta import decode_head
 
+_NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class StorageError(TransientError):
-    """The file system refused for another reason than want of space: I/O error, read-only, no rights."""
+    """The file system refused for another reason than want of space: I/O, read-only, rights."""
 
     code = "storage_error"
 
@@ -58,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` and what is missing above it, readable by the node alone, each name synced."""
+    """Create `folder` and what is missing above it, for the node alone, each name synced."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -89,24 +91,34 @@ def write_durably(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
-def link_durably(source: Path, target: Path) -> None:
-    """Give the synced file `source` a second name, or a copy where a link cannot be; repeatable.
+def link_all(pairs: Iterable[tuple[Path, Path]]) -> None:
+    """Give each synced file a second name, or a copy where a link cannot be; repeatable.
+
+    Each target folder is synced once.
 
     Raises
     ------
     DiskFull, StorageError
     """
+    folders = set()
     with storage_errors():
-        make_folder(target.parent)
-        try:
-            os.link(source, target)
-        except FileExistsError:
-            pass  # a run before this one was killed after the link: names are never reused
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-            _copy(source, target)
-        sync_folder(target.parent)
+        for source, target in pairs:
+            make_folder(target.parent)
+            folders.add(target.parent)
+            _link(source, target)
+        for folder in folders:
+            sync_folder(folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass  # a run before this one was killed after the link: names are never reused
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        _copy(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -138,3 +150,21 @@ def returned_path(data_dir: Path, tenant: str, instance_id: uuid.UUID) -> Path:
 
 def result_folder(data_dir: Path, tenant: str, result_id: uuid.UUID) -> Path:
     return data_dir / "results" / tenant / str(result_id)
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two of our files hold the same data set, byte for byte; their meta groups may differ.
+
+    Raises
+    ------
+    SpoolCorrupt, DiskFull, StorageError
+    """
+    with storage_errors(), open(one, "rb") as left, open(other, "rb") as right:
+        decode_head(left)
+        decode_head(right)
+        while True:
+            chunk = left.read(2**20)
+            if chunk != right.read(2**20):
+                return False
+            if not chunk:
+                return True

@@ -50,7 +50,7 @@ class Provenance:
 
 
 def encode_head(source: Provenance) -> bytes:
-    """The preamble, zeroed (it may carry a program of another kind), the prefix, and our meta group."""
+    """The preamble, zeroed (it may carry a program), the prefix, and our meta group."""
     items = [
         _element(0x0001, b"OB", b"\x00\x01"),
         _element(0x0002, b"UI", _uid(source.sop_class_uid)),

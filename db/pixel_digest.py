@@ -1,4 +1,4 @@
-"""The digest of an instance's encoded pixel data, read as a stream: its size is the sender's choice."""
+"""The digest of encoded pixel data, read as a stream: its size is the sender's choice."""
 
 import hashlib
 import struct

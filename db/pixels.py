@@ -16,17 +16,16 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.pixels.utils import iter_pixels
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from db.errors import NotDicom, PermanentError
 
 MAX_PIXELS = 2_000_000_000  # Rows x Columns x Frames of one instance
 _GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
-# Whatever pydicom raises when a value is not what its VR says.
-_BAD_VALUE = (
-    ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, NotImplementedError,
-)  # fmt: skip
+# What pydicom raises for a value that is not what its VR says.
+_BAD_VALUE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 # And its decoders, for a codestream that no plug-in can read.
-_BAD_STREAM = (*_BAD_VALUE, RuntimeError, EOFError, OSError)
+_BAD_STREAM = (*_BAD_VALUE, EOFError, OSError)
 
 
 class TooManyPixels(PermanentError):
@@ -72,15 +71,16 @@ def read_images(
 
     Returns
     -------
-    A description, and one array of shape (frames, rows, cols), float32: the values after the modality's
-    rescale or LUT (Hounsfield units for CT), image by image. Padding is set to the lowest of the image's other
-    values (the highest where MONOCHROME1), which the description states; MONOCHROME1 is not turned round.
+    A description, and one array of shape (frames, rows, cols), float32: the values after the
+    modality's rescale or LUT (Hounsfield units for CT), image by image. Padding is set to the
+    lowest of the image's other values (the highest where MONOCHROME1), which the description
+    states; MONOCHROME1 is not turned round.
 
-    The description: `rows`, `columns`, `frames_total`, `photometric`, `is_lossy`, `bits_stored`, `modality`,
-    `rescale_type`, `voi_lut` (None, or `first`, `bits`, `data`), and in `frames` for each array row: `frame`
-    (from 1; None in a single-frame object), `position`, `orientation`, `spacing` (between rows, between
-    columns), `thickness` (mm; None where absent), `slope`, `intercept`, `windows` (centre, width),
-    `voi_function`, `padding_value` (None: nothing was padded).
+    The description: `rows`, `columns`, `frames_total`, `photometric`, `is_lossy`, `bits_stored`,
+    `modality`, `rescale_type`, `voi_lut` (None, or `first`, `bits`, `data`), and in `frames` for
+    each array row: `frame` (from 1; None in a single-frame object), `position`, `orientation`,
+    `spacing` (between rows, between columns), `thickness` (mm; None where absent), `slope`,
+    `intercept`, `windows` (centre, width), `voi_function`, `padding_value` (None: no padding).
 
     Raises
     ------
@@ -96,7 +96,9 @@ def read_images(
         described = [_frame(ds, index, total) for index in wanted]
         values = np.empty((len(wanted), int(ds.Rows), int(ds.Columns)), np.float32)
         try:
-            stored = iter_pixels(path, indices=wanted, raw=True, correct_unused_bits=False)
+            # A path is read frame by frame; a deflated data set only as a whole.
+            source = dcmread(path) if _syntax(ds) == DeflatedExplicitVRLittleEndian else path
+            stored = iter_pixels(source, indices=wanted, raw=True, correct_unused_bits=False)
             _fill(values, stored, ds, described)
         except _BAD_STREAM as error:
             raise Undecodable(f"{_syntax(ds)}: {type(error).__name__}") from None
@@ -118,7 +120,10 @@ def _check_size(ds: Dataset, max_pixels: int) -> int:
         raise NoPixels("Rows, Columns or NumberOfFrames is not positive")
     if rows * columns * total > max_pixels:
         raise TooManyPixels(f"{rows:.0f} x {columns:.0f} x {total} is over {max_pixels}")
-    if _number(ds, "SamplesPerPixel") not in (1, None) or _text(ds, "PhotometricInterpretation") not in _GREY:
+    if (
+        _number(ds, "SamplesPerPixel") not in (1, None)
+        or _text(ds, "PhotometricInterpretation") not in _GREY
+    ):
         raise ColourImage("not a single grey value a pixel")
     return total
 
@@ -142,9 +147,7 @@ def _fill(
             into[padded] = frame["padding_value"]
 
 
-def _rescaled(
-    image: NDArray[Any], ds: Dataset, frame: dict[str, Any]
-) -> NDArray[np.float32]:
+def _rescaled(image: NDArray[Any], ds: Dataset, frame: dict[str, Any]) -> NDArray[np.float32]:
     if "ModalityLUTSequence" in ds:
         table: NDArray[np.float32] = apply_modality_lut(image, ds).astype(np.float32)
         return table
@@ -160,7 +163,9 @@ def _padding(image: NDArray[Any], ds: Dataset) -> NDArray[np.bool_] | None:
         return None
     last = _padding_number(ds, "PixelPaddingRangeLimit")
     low, high = sorted((first, first if last is None else last))
-    if low == high and low < 0 and image.dtype.kind == "u":  # written as signed beside unsigned pixels
+    if (
+        low == high and low < 0 and image.dtype.kind == "u"
+    ):  # written as signed beside unsigned pixels
         low = high = low + 2 ** (8 * image.dtype.itemsize)
     masked: NDArray[np.bool_] = (image >= low) & (image <= high)
     return masked
@@ -180,12 +185,14 @@ def _used_bits(image: NDArray[Any], ds: Dataset) -> NDArray[Any]:
     if image.dtype.kind not in "iu" or not 0 < bits < size:
         return image
     if image.dtype.kind == "u":
-        return image & image.dtype.type(2**bits - 1)
-    return (image << (size - bits)) >> (size - bits)
+        low: NDArray[Any] = image & image.dtype.type(2**bits - 1)
+        return low
+    extended: NDArray[Any] = (image << (size - bits)) >> (size - bits)
+    return extended
 
 
 def _frame(ds: Dataset, index: int, total: int) -> dict[str, Any]:
-    """What is known of one frame; functional groups first, then the top level (not of a bare multi-frame)."""
+    """What is known of one frame: functional groups first; the top level tells of one frame."""
     groups = list(_groups(ds, index))
     levels = groups or [ds]
     slope, intercept = _rescale(ds, [*groups, ds])
@@ -197,7 +204,7 @@ def _frame(ds: Dataset, index: int, total: int) -> dict[str, Any]:
         "position": _numbers(places, "ImagePositionPatient", 3),
         "orientation": _numbers(places, "ImageOrientationPatient", 6),
         "spacing": _numbers(levels, "PixelSpacing", 2) or _numbers(levels, "ImagerPixelSpacing", 2),
-        "thickness": (_numbers(places, "SliceThickness", 1) or [None])[0],
+        "thickness": _first(_numbers(places, "SliceThickness", 1)),
         "slope": slope,
         "intercept": intercept,
         "windows": [pair for pair in zip(centres, widths, strict=False) if pair[1] > 0],
@@ -208,7 +215,10 @@ def _frame(ds: Dataset, index: int, total: int) -> dict[str, Any]:
 
 def _groups(ds: Dataset, index: int) -> Iterator[Dataset]:
     """The macros of one frame: per-frame first, then shared (PS3.3 C.7.6.16)."""
-    for name, place in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
+    for name, place in (
+        ("PerFrameFunctionalGroupsSequence", index),
+        ("SharedFunctionalGroupsSequence", 0),
+    ):
         with suppress(*_BAD_VALUE):
             for macro in ds[name].value[place]:
                 if macro.VR == "SQ" and macro.value:
@@ -216,7 +226,7 @@ def _groups(ds: Dataset, index: int) -> Iterator[Dataset]:
 
 
 def _rescale(ds: Dataset, levels: Iterable[Dataset]) -> tuple[float, float]:
-    """Slope and intercept of one frame. CT must have both; elsewhere neither means stored values."""
+    """Slope and intercept of one frame. CT must have both; elsewhere none means stored values."""
     found = [_numbers(levels, name, 1) for name in ("RescaleSlope", "RescaleIntercept")]
     if found == [None, None] and (_text(ds, "Modality") != "CT" or "ModalityLUTSequence" in ds):
         return 1.0, 0.0
@@ -255,7 +265,9 @@ def _voi_lut(ds: Dataset) -> dict[str, Any] | None:
     return None
 
 
-def _numbers(levels: Iterable[Dataset], keyword: str, count: int | None = None) -> list[float] | None:
+def _numbers(
+    levels: Iterable[Dataset], keyword: str, count: int | None = None
+) -> list[float] | None:
     """The first readable value of an attribute on any level, as finite numbers."""
     for ds in levels:
         with suppress(*_BAD_VALUE):
@@ -267,7 +279,10 @@ def _numbers(levels: Iterable[Dataset], keyword: str, count: int | None = None) 
 
 
 def _number(ds: Dataset, keyword: str) -> float | None:
-    found = _numbers([ds], keyword, 1)
+    return _first(_numbers([ds], keyword, 1))
+
+
+def _first(found: list[float] | None) -> float | None:
     return found[0] if found else None
 
 

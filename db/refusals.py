@@ -1,4 +1,4 @@
-"""Refused associations on their way from a receiver, which needs no database, to the audit trail."""
+"""Refused associations on their way from a receiver, without database, to the audit trail."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ class Refused:
 
 
 def note(folder: Path, refused: Refused) -> None:
-    """Append to the receiver's notes; drops it where they are full. Raises DiskFull or StorageError."""
+    """Append to the receiver's notes, unless full. Raises DiskFull or StorageError."""
     line = json.dumps(asdict(refused)).encode() + b"\n"
     with storage_errors(), open(folder / _NAME, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""The only place where untrusted bytes are parsed: warm child processes with CPU, memory and time limits.
+"""The only place where untrusted bytes are parsed: warm children with CPU, memory, time limits.
 
 The child is not trusted: its answer is JSON and raw arrays, never pickle, and its size is capped.
 """
@@ -166,7 +166,7 @@ class _Child:
             shapes = answer.get("arrays", [])
             arrays = [np.empty(shape, dtype) for shape, dtype in _checked(shapes, max_answer)]
             for array in arrays:
-                _fill(self._socket, memoryview(array.reshape(-1).view(np.uint8)), deadline)
+                _fill(self._socket, array.reshape(-1).view(np.uint8).data, deadline)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
             raise ChildDied(f"a sandboxed child gave no answer ({type(error).__name__})") from None
         return answer, arrays
@@ -178,7 +178,7 @@ class _Child:
 
 
 def _checked(shapes: Any, max_answer: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
-    """The arrays that the child announces. Raises ValueError for anything but plain numbers within the cap."""
+    """The arrays that the child announces; ValueError unless plain numbers within the cap."""
     found = []
     total = 0
     for shape, name in shapes:
@@ -253,14 +253,14 @@ def _serve(connection: socket.socket, cpu_s: float) -> None:
         _send(connection, json.dumps(answer).encode())
         for array in arrays:
             if array.size:
-                connection.sendall(memoryview(array.reshape(-1).view(np.uint8)))
+                connection.sendall(array.reshape(-1).view(np.uint8).data)
 
 
 def _call(request: dict[str, Any]) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     try:
         function = getattr(importlib.import_module(request["module"]), request["name"])
         value, arrays = function(*request["args"])
-        arrays = [np.ascontiguousarray(array) for array in arrays]
+        arrays = [np.asarray(array, order="C") for array in arrays]
         shapes = [[list(array.shape), array.dtype.str] for array in arrays]
         return {"ok": True, "value": value, "arrays": shapes}, arrays
     except MemoryError:
@@ -272,7 +272,7 @@ def _call(request: dict[str, Any]) -> tuple[dict[str, Any], list[NDArray[Any]]]:
 
 
 def _confine(memory_mb: int, parent: int) -> None:
-    """Give up what parsing does not need. The order matters little, but it all comes before any bytes."""
+    """Give up what parsing does not need, before any bytes are read."""
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

@@ -19,7 +19,7 @@ from db.errors import PermanentError, TransientError
 from db.faults import point
 from db.files import (
     check_room,
-    link_durably,
+    link_all,
     make_folder,
     quarantine_path,
     result_folder,
@@ -39,7 +39,7 @@ __all__ = [
     "SpoolBusy",
     "SpoolCorrupt",
     "Spooled",
-    "link_durably",
+    "link_all",
     "quarantine_path",
     "read_provenance",
     "receivers",
@@ -97,7 +97,7 @@ class Spooled:
 
 
 class Part:
-    """An instance on its way to the disk; nobody reads it before `commit`. Used by one thread at a time."""
+    """An instance on its way to the disk; nobody reads it before `commit`. One thread at a time."""
 
     def __init__(self, folder: Path, source: Provenance) -> None:
         self.id = uuid.uuid4()
@@ -192,7 +192,7 @@ class Spool:
         return Part(folder, source)
 
     def keep(self, source: Provenance, data: bytes | Iterable[bytes]) -> uuid.UUID:
-        """Spool a whole data set, encoded in `source.transfer_syntax_uid`, without a file meta group.
+        """Spool a whole data set in `source.transfer_syntax_uid`, without a file meta group.
 
         Returns
         -------

@@ -1,0 +1,376 @@
+"""The rows of one study's new instances, in one transaction under the study's lock."""
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy import func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from config.tenants import Tenant
+from db import studies
+from db.errors import StaleAnalysis
+from db.files import same_content, store_path
+from db.header import InstanceHeader
+from db.identity import Described, Stored, Trouble, conflict, is_same_patient
+from db.job import Lane, lane
+from db.meta import Provenance
+from db.outbox import DeliveryState
+from db.spool import Spooled
+from db.study import AnalysisEvent, AnalysisState
+from db.tables import (
+    AnalysisRow,
+    DeliveryRow,
+    InstanceRow,
+    QuarantineRow,
+    ReturnedRow,
+    SenderRow,
+    StudyRow,
+)
+
+_PATIENT = (
+    "patient_id",
+    "issuer_of_patient_id",
+    "patient_name",
+    "patient_birth_date",
+    "patient_sex",
+    "accession_number",
+    "study_date",
+    "study_time",
+    "study_description",
+)
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A spooled instance that could be read."""
+
+    spooled: Spooled
+    source: Provenance
+    described: Described
+    size_bytes: int
+
+    @property
+    def uid(self) -> str:
+        return self.described.header.sop_instance_uid
+
+
+def quarantine(
+    session: Session,
+    item: Spooled,
+    source: Provenance,
+    trouble: Trouble,
+    sop_instance_uid: str = "",
+    study: StudyRow | None = None,
+) -> None:
+    """Set an instance aside until an operator decides; a conflict holds the study."""
+    session.add(
+        QuarantineRow(
+            id=item.id,
+            tenant=source.tenant,
+            origin=source.origin,
+            study_id=study.id if study else None,
+            code=trouble.code,
+            reason=trouble.reason,
+            is_conflict=trouble.is_conflict,
+            sop_instance_uid=sop_instance_uid,
+            sender=source.calling_ae,
+            size_bytes=item.path.stat().st_size,
+        )
+    )
+    detail: dict[str, Any] = {"code": trouble.code, "instance_id": str(item.id)}
+    if study is not None and trouble.is_conflict:
+        detail["delivered_to"] = _delivered_to(session, study)
+        study.is_held = True
+        study.row_version += 1
+        studies.refresh_state(session, study.id)
+    studies.record(
+        session,
+        "instance_quarantined",
+        tenant=source.tenant,
+        origin=source.origin,
+        study_id=study.id if study else None,
+        is_alarm=trouble.is_conflict,
+        **detail,
+    )
+    log.warning("instance_quarantined", reason_code=trouble.code, instance_id=str(item.id))
+
+
+def file_returned(session: Session, arrivals: Sequence[Arrival]) -> list[Spooled]:
+    """Count our own objects that came back; returns those whose file is here already."""
+    again: list[Spooled] = []
+    for item in arrivals:
+        kept = session.scalar(
+            insert(ReturnedRow)
+            .values(
+                id=item.spooled.id,
+                tenant=item.source.tenant,
+                sop_instance_uid=item.uid,
+                sender=item.source.calling_ae,
+            )
+            .on_conflict_do_update(
+                index_elements=["tenant", "sop_instance_uid"],
+                set_={"n": ReturnedRow.n + 1, "at": func.now()},
+            )
+            .returning(ReturnedRow.id)
+        )
+        if kept != item.spooled.id:
+            again.append(item.spooled)
+    return again
+
+
+def file_study(
+    session: Session, data_dir: Path, tenant: Tenant | None, arrivals: Sequence[Arrival]
+) -> list[Spooled]:
+    """Accept, quarantine or drop each of one study's arrivals.
+
+    Returns
+    -------
+    Duplicates and variants, which need no row. An arrival that is neither filed nor returned waits
+    in the spool for the outcome of another.
+    """
+    study = _locked(session, arrivals[0])
+    firsts = _firsts(session, arrivals)
+    dropped: list[Spooled] = []
+    accepted: dict[str, Arrival] = {}
+    for item in arrivals:
+        if item.uid in accepted:
+            continue  # measured once the first of them is stored
+        if first := firsts.get(item.uid):
+            if first.stored_at is not None:
+                dropped += _file_again(session, data_dir, first, item)
+        elif study is not None and not is_same_patient(_patient_of(study), item.described.patient):
+            reason = "Its patient is not the one this study belongs to."
+            trouble = Trouble("second_patient", reason, is_conflict=True)
+            quarantine(session, item.spooled, item.source, trouble, item.uid, study)
+        else:
+            study = study or _created(session, tenant, item)
+            _fill_issuer(study, item)
+            accepted[item.uid] = item
+    if study is not None and accepted:
+        _accept(session, study, tenant, list(accepted.values()))
+    return dropped
+
+
+def _locked(session: Session, item: Arrival) -> StudyRow | None:
+    return session.scalar(
+        select(StudyRow)
+        .where(
+            StudyRow.tenant == item.source.tenant,
+            StudyRow.origin == item.source.origin,
+            StudyRow.study_instance_uid == item.described.header.study_instance_uid,
+        )
+        .with_for_update()
+    )
+
+
+def _created(session: Session, tenant: Tenant | None, item: Arrival) -> StudyRow:
+    """The study as its first instance describes it."""
+    source, patient = item.source, item.described.patient
+    wanted = lane(tenant.lane_of(source.calling_ae)) if tenant else Lane.ROUTINE
+    made = session.scalar(
+        insert(StudyRow)
+        .values(
+            tenant=source.tenant,
+            origin=source.origin,
+            study_instance_uid=item.described.header.study_instance_uid,
+            sender=source.calling_ae,
+            lane=wanted,
+            **{name: patient[name] for name in _PATIENT},
+        )
+        # Another intake may have been first; then its patient counts, and we come again.
+        .on_conflict_do_nothing()
+        .returning(StudyRow.id)
+    )
+    if made is None:
+        raise StaleAnalysis("another intake has just opened this study")
+    study = _locked(session, item)
+    assert study is not None  # just made, in this transaction
+    studies.record(
+        session,
+        "study_opened",
+        tenant=study.tenant,
+        origin=study.origin,
+        study_id=study.id,
+        sender=study.sender,
+    )
+    return study
+
+
+def _firsts(session: Session, arrivals: Sequence[Arrival]) -> dict[str, InstanceRow]:
+    source = arrivals[0].source
+    rows = session.scalars(
+        select(InstanceRow).where(
+            InstanceRow.tenant == source.tenant,
+            InstanceRow.origin == source.origin,
+            InstanceRow.sop_instance_uid.in_({item.uid for item in arrivals}),
+        )
+    )
+    return {row.sop_instance_uid: row for row in rows}
+
+
+def _file_again(
+    session: Session, data_dir: Path, first: InstanceRow, item: Arrival
+) -> list[Spooled]:
+    """A SOP Instance UID that is stored already: duplicate, variant or conflict."""
+    stored = Stored(
+        header=InstanceHeader.from_json(first.header),
+        pixel_sha256=first.pixel_sha256,
+        identity_sha256=first.identity_sha256,
+    )
+    study = session.get_one(StudyRow, first.study_id, with_for_update=True)
+    if trouble := conflict(stored, item.described):
+        quarantine(session, item.spooled, item.source, trouble, item.uid, study)
+        return []
+    path = store_path(data_dir, first.tenant, first.study_id, first.id)
+    if same_content(path, item.spooled.path):
+        log.info("duplicate_dropped", instance_id=str(item.spooled.id))
+    else:
+        studies.record(
+            session,
+            "variant_dropped",
+            tenant=study.tenant,
+            origin=study.origin,
+            study_id=study.id,
+            instance_id=str(first.id),
+            transfer_syntax_uid=item.described.header.transfer_syntax_uid,
+        )
+    return [item.spooled]
+
+
+def _patient_of(study: StudyRow) -> dict[str, str]:
+    return {name: getattr(study, name) for name in _PATIENT}
+
+
+def _fill_issuer(study: StudyRow, item: Arrival) -> None:
+    """An issuer that came late counts from then on, or two issuers could meet through a blank."""
+    if not study.issuer_of_patient_id:
+        study.issuer_of_patient_id = item.described.patient["issuer_of_patient_id"]
+
+
+def _accept(
+    session: Session, study: StudyRow, tenant: Tenant | None, arrivals: Sequence[Arrival]
+) -> None:
+    inserted = set(
+        session.scalars(
+            insert(InstanceRow)
+            .values([_row(study, item) for item in arrivals])
+            # The same UID may have come in by another intake meanwhile: measured next time.
+            .on_conflict_do_nothing()
+            .returning(InstanceRow.id)
+        )
+    )
+    arrivals = [item for item in arrivals if item.spooled.id in inserted]
+    if not arrivals:
+        return
+    study.n_instances += len(arrivals)
+    study.inputs_version += len(arrivals)
+    study.row_version += 1
+    study.last_instance_at = func.now()
+    senders = Counter(item.source.calling_ae for item in arrivals)
+    if tenant:
+        study.lane = min([study.lane, *(lane(tenant.lane_of(sender)) for sender in senders)])
+    session.flush()
+    _count_senders(session, study, senders)
+    studies.record(
+        session,
+        "instances_received",
+        tenant=study.tenant,
+        origin=study.origin,
+        study_id=study.id,
+        n_instances=len(arrivals),
+        sender=", ".join(sorted(senders)),
+    )
+    if tenant:
+        _let_analyse(session, study, tenant)
+
+
+def _row(study: StudyRow, item: Arrival) -> dict[str, Any]:
+    header = item.described.header
+    return {
+        "id": item.spooled.id,
+        "study_id": study.id,
+        "tenant": study.tenant,
+        "origin": study.origin,
+        "sop_instance_uid": header.sop_instance_uid,
+        "sop_class_uid": header.sop_class_uid,
+        "series_instance_uid": header.series_instance_uid,
+        "transfer_syntax_uid": header.transfer_syntax_uid,
+        "header": header.to_json(),
+        "pixel_sha256": item.described.pixel_sha256,
+        "identity_sha256": item.described.identity_sha256,
+        "size_bytes": item.size_bytes,
+        "sender": item.source.calling_ae,
+        "received_at": _received_at(item),
+    }
+
+
+def _received_at(item: Arrival) -> dt.datetime:
+    try:
+        return dt.datetime.fromisoformat(item.source.received_at)
+    except ValueError:
+        return dt.datetime.fromtimestamp(item.spooled.path.stat().st_mtime, dt.UTC)
+
+
+def _count_senders(session: Session, study: StudyRow, senders: Counter[str]) -> None:
+    if study.origin != "dicom":
+        return
+    for ae_title, n in sorted(senders.items()):
+        session.execute(
+            insert(SenderRow)
+            .values(tenant=study.tenant, ae_title=ae_title, n_instances=n)
+            .on_conflict_do_update(
+                index_elements=["tenant", "ae_title"],
+                set_={"n_instances": SenderRow.n_instances + n, "last_seen_at": func.now()},
+            )
+        )
+
+
+def _let_analyse(session: Session, study: StudyRow, tenant: Tenant) -> None:
+    """Start the analyses, or end them at once: a migration must not annotate an archive."""
+    age_days = _age_days(study.study_date)
+    if not tenant.max_study_age_days or age_days is None or age_days <= tenant.max_study_age_days:
+        studies.ensure_analyses(session, study, tenant)
+        return
+    known = session.scalars(select(AnalysisRow.id).where(AnalysisRow.study_id == study.id)).all()
+    if known:
+        return
+    studies.ensure_analyses(session, study, tenant)
+    made = session.scalars(
+        select(AnalysisRow.id).where(
+            AnalysisRow.study_id == study.id, AnalysisRow.state == AnalysisState.WAITING
+        )
+    ).all()
+    for analysis_id in made:
+        studies.move(
+            session,
+            studies.load(session, analysis_id),
+            AnalysisEvent.NOT_ELIGIBLE,
+            reason_code="study_too_old",
+            reason=f"The study is {age_days} days old; the limit is {tenant.max_study_age_days}.",
+            judge_at=None,
+        )
+
+
+def _age_days(study_date: str) -> int | None:
+    try:
+        day = dt.date.fromisoformat(study_date) if len(study_date) == 8 else None
+    except ValueError:
+        return None
+    return (dt.datetime.now(dt.UTC).date() - day).days if day else None
+
+
+def _delivered_to(session: Session, study: StudyRow) -> list[str]:
+    """Where results of this study are already: the alarm names them."""
+    rows = session.execute(
+        select(DeliveryRow.destination, DeliveryRow.result_id).where(
+            DeliveryRow.study_id == study.id, DeliveryRow.state == DeliveryState.DELIVERED
+        )
+    )
+    return sorted({f"{destination}: result {result_id}" for destination, result_id in rows})
