@@ -23,6 +23,8 @@ def main(config: Path | None = None) -> int:
     """Run until SIGTERM. Returns 0, or 2 when the configuration cannot be used."""
     try:
         settings = load(config)
+        if settings.inference.engine != "local":
+            raise SettingsError("inference.engine: only local is built into this version")
         device = pick_device(settings.inference.device)
     except (SettingsError, PermanentError) as error:
         sys.stderr.write(f"{error}\n")
@@ -50,7 +52,7 @@ def main(config: Path | None = None) -> int:
     worker = process_name("inference")
     try:
         runner = Device(device, settings.inference.max_batch)
-        Scheduler(engine, settings, served, runner, worker).run(stop)
+        Scheduler(engine, settings, served, runner, worker, stop).run()
     finally:
         stop.set()  # a scheduler that failed takes the process down; the supervisor starts it again
         readiness.join()

@@ -1,0 +1,79 @@
+"""The body on an image, apart from table, holder and hands; and the box round it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+# The box holds the places that belong to the body on this share of the images on which it is large
+# (this share of its largest area): a nose, a chin or a neck on a few of them must not pull it.
+_LARGE = 0.5
+_USUAL = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle in pixels of a matrix, `bottom` and `right` exclusive; may pass the matrix."""
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+
+    @property
+    def pixels(self) -> tuple[int, int, int, int]:
+        """Rounded outwards to whole pixels: top, left, bottom, right."""
+        low, high = np.floor, np.ceil
+        return (
+            int(low(self.top)),
+            int(low(self.left)),
+            int(high(self.bottom)),
+            int(high(self.right)),
+        )
+
+    def grown(self, margin: float) -> "Box":
+        """Wider on each side by a share of its longer side."""
+        by = margin * max(self.bottom - self.top, self.right - self.left)
+        return Box(self.top - by, self.left - by, self.bottom + by, self.right + by)
+
+    def squared(self, aspect: float) -> "Box":
+        """The smallest square in millimetres round it; aspect: row over column spacing."""
+        side = max((self.bottom - self.top) * aspect, self.right - self.left)  # in columns
+        row, column = (self.top + self.bottom) / 2, (self.left + self.right) / 2
+        half_rows, half_columns = side / aspect / 2, side / 2
+        return Box(row - half_rows, column - half_columns, row + half_rows, column + half_columns)
+
+
+def body_mask(image: NDArray[np.float32], above: float) -> NDArray[np.bool_]:
+    """The filled outline of the largest connected thing over `above` on one image.
+
+    Opened first by one pixel, so that a holder that touches lets go; see `coarse`.
+    """
+    opened = ndimage.binary_opening(image > above)
+    named, count = ndimage.label(opened)
+    if count == 0:
+        return np.zeros(image.shape, np.bool_)
+    largest = named == 1 + int(np.argmax(np.bincount(named.ravel())[1:]))
+    filled: NDArray[np.bool_] = ndimage.binary_fill_holes(largest)
+    return filled
+
+
+def coarse(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+    """Every k-th pixel of (n, rows, cols), about 256 of them a side, and k: enough for outlines."""
+    step = max(1, round(min(images.shape[1:]) / 256))
+    return images[:, ::step, ::step], step
+
+
+def body_box(images: NDArray[np.float32], above: float) -> Box | None:
+    """One box round the body over all images, shape (n, rows, cols); None where there is none."""
+    few, step = coarse(images)
+    masks = np.stack([body_mask(image, above) for image in few])
+    areas = masks.sum(axis=(1, 2))
+    if areas.max(initial=0) == 0:
+        return None
+    usual = masks[areas >= _LARGE * areas.max()].mean(axis=0) >= _USUAL
+    rows, columns = np.flatnonzero(usual.any(axis=1)), np.flatnonzero(usual.any(axis=0))
+    top, left = float(rows[0] * step), float(columns[0] * step)
+    bottom, right = (rows[-1] + 1) * step, (columns[-1] + 1) * step
+    return Box(top, left, float(min(bottom, images.shape[1])), float(min(right, images.shape[2])))
