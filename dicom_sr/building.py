@@ -1,0 +1,109 @@
+"""Findings to stored objects and outbox rows: what a BUILD job does."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from config.settings import Settings
+from config.tenants import Destination, Tenant
+from db import outbox, queue, results, studies
+from db.errors import NodeError, PermanentError, TransientError
+from db.job import JobKind
+from db.study import AnalysisEvent
+from dicom_sr.assemble import Assembler
+from dicom_sr.inputs import Subject
+
+log = structlog.get_logger()
+
+BUILD_LEASE_S = 300.0
+#: Uploads stay on the node: the PACS has no such study, and must not be given a part of one.
+DELIVERED_ORIGIN = "dicom"
+
+
+class BuildCrashed(TransientError):
+    """A builder raised what it should not: a bug, tried again a few times and then shown."""
+
+    code: ClassVar[str] = "build_crashed"
+
+
+class NoResult(PermanentError):
+    """The analysis has no numbers to build objects from."""
+
+    code: ClassVar[str] = "no_result"
+
+
+class Builder:
+    """Claims BUILD jobs, one at a time."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, assembler: Assembler, worker: str
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._assembler = assembler
+        self._worker = worker
+
+    def build_once(self) -> bool:
+        """Build the objects of one result; False where no job is due."""
+        with Session(self._engine) as session, session.begin():
+            job = queue.claim(session, [JobKind.BUILD], self._worker, lease_s=BUILD_LEASE_S)
+        if job is None:
+            return False
+        with structlog.contextvars.bound_contextvars(tenant=job.tenant, job_id=job.id):
+            try:
+                self._build(job)
+            except NodeError as error:
+                self._record_failure(job, error)
+            except OperationalError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a bug in a builder must not stop the others
+                log.error("build_crashed", exc_type=type(error).__name__)
+                self._record_failure(job, BuildCrashed(type(error).__name__))
+        return True
+
+    def _build(self, job: queue.ClaimedJob) -> None:
+        with Session(self._engine) as session:
+            analysis = queue.analysis_of(session, job)
+            result = results.latest(session, analysis.id)
+            if result is None:
+                raise NoResult("the analysis has no result to build objects from")
+            subject = self._assembler.subject(session, result.id)
+            owed = [] if analysis.is_shadow else self._owed(session, subject)
+        keys = self._ensure(subject, owed, is_shadow=analysis.is_shadow)
+        with Session(self._engine) as session, session.begin():
+            analysis = queue.analysis_of(session, job)
+            destinations = [destination for _, destination in owed]
+            pairs = list(zip(destinations, keys, strict=True))
+            outbox.enqueue(session, analysis, subject.result_id, pairs)
+            studies.move(session, analysis, AnalysisEvent.OBJECTS_BUILT)
+            queue.finish(session, job)
+            outbox.settle(session, analysis.id)  # with no destination it is delivered by now
+        log.info("result_built", analysis_id=analysis.id, n=len(pairs))
+
+    def _owed(self, session: Session, subject: Subject) -> list[tuple[Tenant, Destination]]:
+        tenant = self._settings.tenant(subject.tenant)
+        if tenant is None or subject.origin != DELIVERED_ORIGIN:
+            return []
+        return [(tenant, destination) for destination in tenant.destinations]
+
+    def _ensure(
+        self, subject: Subject, owed: Sequence[tuple[Tenant, Destination]], *, is_shadow: bool
+    ) -> list[str]:
+        """Build what the destinations get; returns each one's variant."""
+        with Session(self._engine) as session:
+            variants = [self._assembler.variant(session, subject, *pair) for pair in owed]
+        tenant = self._settings.tenant(subject.tenant)
+        if not variants and tenant is not None and not is_shadow:
+            self._assembler.ensure(subject, [self._assembler.plain(tenant, subject.bundle)])
+        self._assembler.ensure(subject, variants)
+        return [variant.key for variant in variants]
+
+    def _record_failure(self, job: queue.ClaimedJob, error: NodeError) -> None:
+        with Session(self._engine) as session, session.begin():
+            queue.fail(session, job, error)
+        level = log.error if isinstance(error, PermanentError) else log.warning
+        level("build_failed", analysis_id=job.analysis_id, exc_code=error.code)

@@ -1,0 +1,89 @@
+"""The loops of `vigil deliver`: one thread builds, and each destination has a thread of its own.
+
+So a destination that is dead or slow delays no other, and no build.
+"""
+
+import threading
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+
+from config.settings import Settings
+from db.sandbox import Sandbox
+from dicom_sr.assemble import Assembler
+from dicom_sr.building import Builder
+from dicom_sr.sending import Sender
+
+log = structlog.get_logger()
+
+BUILD_POLL_S = 0.2
+SEND_POLL_S = 2.0  # a build in this process wakes the senders at once
+AWAY_S = 2.0
+
+
+class Deliverer:
+    """Everything between a stored finding and the PACS."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, sandbox: Sandbox, *, worker: str, version: str
+    ) -> None:
+        assembler = Assembler(engine, settings, sandbox, version)
+        self._builder = Builder(engine, settings, assembler, worker)
+        self._senders = {
+            f"send-{tenant.id}-{destination.name}": Sender(
+                engine, settings, assembler, sandbox, worker, tenant, destination
+            )
+            for tenant in settings.tenants
+            for destination in tenant.destinations
+        }
+        self._wake = threading.Condition()
+
+    def run(self, stop: threading.Event) -> None:
+        """Build and send until told to stop; what is under way is finished first."""
+        threads = [
+            threading.Thread(target=self._send, args=(sender, stop), name=name)
+            for name, sender in self._senders.items()
+        ]
+        for thread in threads:
+            thread.start()
+        while not stop.is_set():
+            if attempt(self._builder.build_once, stop):
+                self._wake_senders()
+            else:
+                stop.wait(BUILD_POLL_S)
+        self._wake_senders()
+        for thread in threads:
+            thread.join()
+
+    def run_once(self) -> None:
+        """Build what is due and send what is due, once round; for tests and single commands."""
+        while self._builder.build_once():
+            pass
+        for sender in self._senders.values():
+            while sender.send_once():
+                pass
+
+    def _send(self, sender: Sender, stop: threading.Event) -> None:
+        while not stop.is_set():
+            if not attempt(sender.send_once, stop):
+                with self._wake:
+                    if not stop.is_set():
+                        self._wake.wait(SEND_POLL_S)
+
+    def _wake_senders(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+
+def attempt(work: Callable[[], bool], stop: threading.Event) -> bool:
+    """One round of a worker loop: whatever fails is recorded, and the loop goes on."""
+    try:
+        return work()
+    except OperationalError:
+        log.warning("database_away")
+    except Exception as error:  # noqa: BLE001 - the worker loop: records and goes on
+        log.error("delivery_loop_failed", exc_type=type(error).__name__)
+    stop.wait(AWAY_S)
+    return False

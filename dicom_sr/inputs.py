@@ -1,0 +1,153 @@
+"""What a build reads: headers, key images and heat maps, each checked against the finding."""
+
+import io
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from zipfile import BadZipFile
+
+import numpy as np
+import structlog
+from pydicom import Dataset
+
+from db.errors import ChildDied, PermanentError
+from db.files import result_folder, storage_errors, store_path
+from db.pixels import read_images
+from db.result import Finding, ImageRef
+from db.sandbox import Answer, Sandbox
+from dicom_sr.build import Floats
+from dicom_sr.plan import needed_images
+from dicom_sr.source import parsed, read_header
+
+log = structlog.get_logger()
+
+READ_TIMEOUT_S = 60.0
+#: A child that died may have been unlucky; twice on one file is the file's doing.
+MAX_DEATHS = 2
+
+
+class InstanceGone(PermanentError):
+    """An analysed instance is not in the store any more."""
+
+    code: ClassVar[str] = "instance_gone"
+
+
+class SourceKillsReader(PermanentError):
+    """A source instance crashed, hung or exhausted its reader each time."""
+
+    code: ClassVar[str] = "undecodable"
+
+
+class WrongSource(PermanentError):
+    """A stored instance is not the one that was analysed, or of another study."""
+
+    code: ClassVar[str] = "wrong_source"
+
+
+class MapsGone(PermanentError):
+    """The result's heat maps are missing or do not fit its images."""
+
+    code: ClassVar[str] = "maps_gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A result, and where its study's files are."""
+
+    result_id: uuid.UUID
+    result_no: int
+    analysis_id: int
+    study_id: int
+    study_instance_uid: str
+    tenant: str
+    origin: str
+    bundle: str
+    finding: Finding
+
+
+class Inputs:
+    """Reads a result's inputs; untrusted files only through the sandbox. Any thread may call."""
+
+    def __init__(self, data_dir: Path, sandbox: Sandbox, max_pixels: int) -> None:
+        self._data_dir = data_dir
+        self._sandbox = sandbox
+        self._max_pixels = max_pixels
+
+    def headers(self, subject: Subject) -> Mapping[int, Dataset]:
+        images = subject.finding.images
+        return {i: self._header(subject, images[i]) for i in needed_images(subject.finding)}
+
+    def _header(self, subject: Subject, image: ImageRef) -> Dataset:
+        path = self._source(subject, image)
+        _, (blob,) = self._read(
+            lambda: self._sandbox.run(read_header, str(path), image.frame, timeout_s=READ_TIMEOUT_S)
+        )
+        header = parsed(blob)
+        found = (str(header.get("SOPInstanceUID", "")), str(header.get("StudyInstanceUID", "")))
+        if found != (image.sop_instance_uid, subject.study_instance_uid):
+            raise WrongSource("a stored instance does not name the analysed image and study")
+        return header
+
+    def pixels(self, subject: Subject) -> Mapping[int, Floats]:
+        keys = subject.finding.key_images if subject.finding.is_positive else ()
+        return {key.image: self._image(subject, subject.finding.images[key.image]) for key in keys}
+
+    def _image(self, subject: Subject, image: ImageRef) -> Floats:
+        path = self._source(subject, image)
+        index = 0 if image.frame is None else image.frame - 1
+        _, (values,) = self._read(
+            lambda: self._sandbox.run(
+                read_images,
+                str(path),
+                [index],
+                self._max_pixels,
+                timeout_s=READ_TIMEOUT_S,
+            )
+        )
+        if values.shape != (1, image.rows, image.columns):
+            raise WrongSource(f"a stored instance has the matrix {values.shape[1:]}")
+        picture: Floats = values[0]
+        return picture
+
+    def _read(self, call: Callable[[], Answer]) -> Answer:
+        for _ in range(MAX_DEATHS - 1):
+            try:
+                return call()
+            except ChildDied:
+                log.warning("reader_died", exc_code=ChildDied.code)
+        try:
+            return call()
+        except ChildDied as error:
+            raise SourceKillsReader(
+                f"a source instance killed its reader {MAX_DEATHS} times"
+            ) from error
+
+    def _source(self, subject: Subject, image: ImageRef) -> Path:
+        instance_id = uuid.UUID(image.instance_id)
+        path = store_path(self._data_dir, subject.tenant, subject.study_id, instance_id)
+        if not path.is_file():
+            raise InstanceGone("an analysed instance is not in the store")
+        return path.resolve()  # the child runs in another folder
+
+    def maps(self, subject: Subject) -> Mapping[int, Floats]:
+        """Heat maps by index into the key images; our own file, never pickled."""
+        finding = subject.finding
+        if not (finding.is_positive and finding.key_images):
+            return {}
+        path = result_folder(self._data_dir, subject.tenant, subject.result_id) / "maps.npz"
+        if not path.is_file():
+            raise MapsGone("the heat maps are not in the result's folder")
+        with storage_errors():
+            data = path.read_bytes()
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                maps = {i: file[f"cam_{i}"] for i in range(len(finding.key_images))}
+        except (KeyError, ValueError, BadZipFile) as error:
+            raise MapsGone(f"the heat maps cannot be read ({type(error).__name__})") from None
+        for i, key in enumerate(finding.key_images):
+            image = finding.images[key.image]
+            if maps[i].shape != (image.rows, image.columns):
+                raise MapsGone(f"heat map {i} does not fit its image")
+        return maps
