@@ -1,0 +1,318 @@
+"""One study as its page shows it: images, numbers, timeline, deliveries."""
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from dashboard.worklist import Line, Outcome, line_of, outcomes_of
+from db.files import result_folder, store_path
+from db.header import InstanceHeader
+from db.result import Finding
+from db.study import TRANSITIONS, AnalysisEvent, AnalysisState
+from db.tables import (
+    AnalysisRow,
+    DeliveryRow,
+    EventRow,
+    InstanceRow,
+    ObjectRow,
+    RequestRow,
+    ResultRow,
+    StudyRow,
+)
+
+MAX_EVENTS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class StackImage:
+    """One picture of the stack: an instance in store/, or one frame of it."""
+
+    instance_id: uuid.UUID
+    path: Path
+    frame: int | None  # 1-based for a multi-frame instance
+    instance_number: int | None
+    position_mm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why there is no result: the rule that refused, what it found, its limit."""
+
+    rule: str
+    value: str
+    limit: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    at: dt.datetime
+    kind: str
+    detail: dict[str, Any]
+    is_alarm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryLine:
+    destination: str
+    result_no: int
+    state: str
+    attempts: int
+    run_after: dt.datetime
+    expires_at: dt.datetime
+    finished_at: dt.datetime | None
+    error_code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """One bundle's view of the study; `finding` is its newest result, whatever came after."""
+
+    id: int
+    bundle: str
+    outcome: Outcome
+    state: AnalysisState
+    result_no: int
+    result_id: uuid.UUID | None
+    finding: Finding | None
+    refusal: Refusal | None
+    updated_at: dt.datetime
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the newest result is still the word on this study."""
+        return self.finding is not None and self.outcome.kind in ("positive", "negative")
+
+    def may(self, action: AnalysisEvent) -> bool:
+        return (self.state, action) in TRANSITIONS
+
+
+@dataclass(frozen=True, slots=True)
+class StudyView:
+    line: Line
+    birth_date: str
+    sex: str
+    study_time: str
+    is_held: bool
+    first_received_at: dt.datetime
+    analyses: tuple[Analysis, ...]
+    timeline: tuple[TimelineEntry, ...]
+    deliveries: tuple[DeliveryLine, ...]
+    open_requests: tuple[str, ...]
+
+    def chosen(self, bundle: str) -> Analysis | None:
+        """The analysis asked for, or the first that has something to say."""
+        named = [a for a in self.analyses if a.bundle == bundle]
+        telling = [a for a in self.analyses if a.finding] or [
+            a for a in self.analyses if a.outcome.kind != "not_applicable"
+        ]
+        return next(iter([*named, *telling, *self.analyses]), None)
+
+
+def find(session: Session, public_id: uuid.UUID) -> StudyRow | None:
+    """The study, if the session's viewer may see it: not yours and not there are the same."""
+    return session.scalar(select(StudyRow).where(StudyRow.public_id == public_id))
+
+
+def read(session: Session, study: StudyRow) -> StudyView:
+    outcomes = outcomes_of(session, study.id)
+    return StudyView(
+        line=line_of(study, outcomes),
+        birth_date=study.patient_birth_date,
+        sex=study.patient_sex,
+        study_time=study.study_time,
+        is_held=study.is_held,
+        first_received_at=study.created_at,
+        analyses=_analyses(session, study, outcomes),
+        timeline=_timeline(session, study),
+        deliveries=_deliveries(session, study),
+        open_requests=_open_requests(session, study),
+    )
+
+
+def _analyses(
+    session: Session, study: StudyRow, outcomes: Sequence[Outcome]
+) -> tuple[Analysis, ...]:
+    rows = session.execute(
+        select(AnalysisRow, ResultRow)
+        .outerjoin(
+            ResultRow,
+            (ResultRow.analysis_id == AnalysisRow.id)
+            & (ResultRow.result_no == AnalysisRow.result_no),
+        )
+        .where(AnalysisRow.study_id == study.id, AnalysisRow.is_shadow.is_(False))
+        .order_by(AnalysisRow.id)
+    ).all()
+    by_bundle = {outcome.bundle: outcome for outcome in outcomes}
+    return tuple(
+        Analysis(
+            id=row.id,
+            bundle=row.bundle,
+            outcome=by_bundle[row.bundle],
+            state=AnalysisState(row.state),
+            result_no=row.result_no,
+            result_id=result.id if result else None,
+            finding=Finding.from_json(result.finding) if result else None,
+            refusal=_refusal(session, row),
+            updated_at=row.updated_at,
+        )
+        for row, result in rows
+    )
+
+
+def _refusal(session: Session, analysis: AnalysisRow) -> Refusal | None:
+    if analysis.state not in (AnalysisState.NOT_ANALYSED, AnalysisState.FAILED):
+        return None
+    # The rule's value and limit stand in the event of the move, beside the reason in the row.
+    detail = session.scalar(
+        select(EventRow.detail)
+        .where(
+            EventRow.analysis_id == analysis.id,
+            EventRow.kind.in_([AnalysisEvent.NOT_ELIGIBLE.lower(), AnalysisEvent.GAVE_UP.lower()]),
+        )
+        .order_by(EventRow.id.desc())
+        .limit(1)
+    )
+    found = detail or {}
+    return Refusal(
+        rule=str(found.get("rule") or analysis.reason_code),
+        value=str(found.get("value", "")),
+        limit=str(found.get("limit", "")),
+        reason=analysis.reason,
+    )
+
+
+def _timeline(session: Session, study: StudyRow) -> tuple[TimelineEntry, ...]:
+    rows = session.scalars(
+        select(EventRow)
+        .outerjoin(AnalysisRow, AnalysisRow.id == EventRow.analysis_id)
+        # A shadow's run is nobody's result.
+        .where(EventRow.study_id == study.id, AnalysisRow.is_shadow.is_not(True))
+        .order_by(EventRow.id.desc())
+        .limit(MAX_EVENTS)
+    )
+    return tuple(TimelineEntry(row.at, row.kind, row.detail, row.is_alarm) for row in rows)
+
+
+def _deliveries(session: Session, study: StudyRow) -> tuple[DeliveryLine, ...]:
+    rows = session.execute(
+        select(DeliveryRow, ResultRow.result_no)
+        .join(ResultRow, ResultRow.id == DeliveryRow.result_id)
+        .where(DeliveryRow.study_id == study.id)
+        .order_by(ResultRow.result_no.desc(), DeliveryRow.destination)
+    )
+    return tuple(
+        DeliveryLine(
+            row.destination,
+            result_no,
+            row.state,
+            row.attempts,
+            row.run_after,
+            row.expires_at,
+            row.finished_at,
+            row.error_code,
+        )
+        for row, result_no in rows
+    )
+
+
+def _open_requests(session: Session, study: StudyRow) -> tuple[str, ...]:
+    return tuple(
+        session.scalars(
+            select(RequestRow.action)
+            .join(AnalysisRow, AnalysisRow.id == RequestRow.analysis_id)
+            .where(AnalysisRow.study_id == study.id, RequestRow.done_at.is_(None))
+            .distinct()
+        )
+    )
+
+
+def stack(
+    session: Session, data_dir: Path, study: StudyRow, finding: Finding | None
+) -> tuple[StackImage, ...]:
+    """The images to show, in order along the normal: those analysed, else the largest series."""
+    rows = {
+        row.id: InstanceHeader.from_json(row.header)
+        for row in session.scalars(
+            select(InstanceRow).where(
+                InstanceRow.study_id == study.id, InstanceRow.stored_at.is_not(None)
+            )
+        )
+    }
+    places = _analysed(finding, rows) if finding else _largest_series(rows)
+    return tuple(
+        StackImage(
+            instance_id,
+            store_path(data_dir, study.tenant, study.id, instance_id),
+            frame,
+            header.instance_number,
+            position,
+        )
+        for instance_id, header, frame, position in places
+    )
+
+
+_Place = tuple[uuid.UUID, InstanceHeader, int | None, float | None]
+
+
+def _analysed(finding: Finding, rows: dict[uuid.UUID, InstanceHeader]) -> list[_Place]:
+    found: list[_Place] = []
+    for image in finding.images:
+        instance_id = uuid.UUID(image.instance_id)
+        # Retention may have taken the original: the place stays, the picture says so.
+        header = rows.get(instance_id) or InstanceHeader(
+            sop_class_uid="",
+            sop_instance_uid="",
+            study_instance_uid="",
+            series_instance_uid="",
+            transfer_syntax_uid="",
+            instance_number=image.instance_number,
+        )
+        found.append((instance_id, header, image.frame, image.position_mm))
+    return found
+
+
+def _largest_series(rows: dict[uuid.UUID, InstanceHeader]) -> list[_Place]:
+    series: dict[str, list[_Place]] = {}
+    for instance_id, header in rows.items():
+        if not (header.rows and header.columns):
+            continue
+        places = series.setdefault(header.series_instance_uid, [])
+        frames = range(1, header.frames + 1) if header.frames > 1 else (None,)
+        places += [(instance_id, header, frame, _position(header)) for frame in frames]
+    largest = max(series.values(), key=len, default=[])
+    return sorted(
+        largest, key=lambda p: (p[3] or 0.0, p[1].instance_number or 0, str(p[0]), p[2] or 0)
+    )
+
+
+def _position(header: InstanceHeader) -> float | None:
+    """Where an image lies along its normal, mm (PS3.3 C.7.6.2.1.1)."""
+    if header.orientation is None or header.position is None:
+        return None
+    x0, x1, x2, y0, y1, y2 = header.orientation
+    normal = (x1 * y2 - x2 * y1, x2 * y0 - x0 * y2, x0 * y1 - x1 * y0)
+    return sum(a * b for a, b in zip(normal, header.position, strict=True))
+
+
+def objects_of(
+    session: Session, data_dir: Path, study: StudyRow, result_id: uuid.UUID
+) -> list[Path]:
+    """The DICOM files of a result's plain variant, or of whichever there is, in sending order."""
+    variant = session.scalar(
+        select(func.min(ObjectRow.variant)).where(ObjectRow.result_id == result_id)
+    )
+    uids = session.scalars(
+        select(ObjectRow.sop_instance_uid)
+        .where(ObjectRow.result_id == result_id, ObjectRow.variant == variant)
+        .order_by(ObjectRow.seq)
+    )
+    folder = result_folder(data_dir, study.tenant, result_id)
+    # Our own UIDs; the name alone is taken, so that no row could ever lead out of the folder.
+    return [folder / Path(f"{uid}.dcm").name for uid in uids]
