@@ -1,0 +1,244 @@
+"""The `vigil` command. Everything heavy is imported inside the command that needs it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from config.settings import SettingsError
+from db.errors import NodeError
+from node import administration
+from node.terminal import (
+    FAILED,
+    WRONG_USAGE,
+    AsJson,
+    Config,
+    TenantOption,
+    complain,
+    console,
+    hush,
+    report,
+)
+
+RUN, TRY, STUDIES, ADMIN, MODELS = (
+    "Run the node",
+    "Try it",
+    "Studies",
+    "Administration",
+    "Models",
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables: patient data
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A DICOM node that puts calibrated AI triage results back into their study.\n\n"
+    "Research software: no medical device, not for primary diagnosis.",
+    epilog="Start here: [bold]vigil demo[/]. Exit status: 0 success, 1 failed, "
+    "2 wrong usage or configuration.",
+)
+app.add_typer(administration.users, name="users", rich_help_panel=ADMIN)
+app.add_typer(administration.database, name="db", rich_help_panel=ADMIN)
+app.add_typer(administration.models, name="models", rich_help_panel=MODELS)
+
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="Accession number, study UID or page id.")
+]
+
+
+@app.command(rich_help_panel=RUN)
+def serve(config: Config = None) -> None:
+    """Run everything on this machine: database, receiver, inference, delivery, dashboard.
+
+    Prints one line for each listening address, then `ready`. A stage that dies is started
+    again; SIGTERM stops all in order, SIGHUP reloads tenants, destinations and thresholds.
+    """
+    from node.supervisor import serve as run
+
+    raise typer.Exit(run(config))
+
+
+@app.command(rich_help_panel=RUN)
+def scp(config: Config = None) -> None:
+    """Only the receiver: takes studies by C-STORE and writes them to the spool."""
+    from scp.__main__ import main as run
+
+    raise typer.Exit(run(config))
+
+
+@app.command(rich_help_panel=RUN)
+def infer(config: Config = None) -> None:
+    """Only the inference: judges readiness, scores what is ready. One for each GPU."""
+    from inference.__main__ import main as run
+
+    raise typer.Exit(run(config))
+
+
+@app.command(rich_help_panel=RUN)
+def deliver(config: Config = None) -> None:
+    """Only the delivery: builds the DICOM objects and sends them."""
+    from dicom_sr.__main__ import main as run
+
+    raise typer.Exit(run(config))
+
+
+@app.command(rich_help_panel=RUN)
+def dashboard(config: Config = None) -> None:
+    """Only the web pages."""
+    from dashboard.__main__ import main as run
+
+    raise typer.Exit(run(config))
+
+
+@app.command(rich_help_panel=TRY)
+def demo(
+    study: Annotated[
+        list[Path] | None,
+        typer.Option("--study", metavar="DIR", help="Send this study as well; repeatable."),
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when every study has its outcome.")
+    ] = False,
+    orthanc: Annotated[
+        bool, typer.Option("--orthanc", help="Let Orthanc, if installed, be the PACS.")
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="Work here and leave it behind.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="A bundle, by name or folder.")
+    ] = "ich",
+    as_json: AsJson = False,
+) -> None:
+    """A whole hospital on loopback: two tenants, a PACS, sample studies, results.
+
+    Nothing is installed or changed; everything lives in a temporary folder. Without --once it
+    stays up with the dashboard until Ctrl-C.
+    """
+    from node.demo import Options
+    from node.demo import run as run_demo
+
+    options = Options(
+        studies=tuple(study or ()),
+        once=once,
+        orthanc=orthanc,
+        keep=keep,
+        model=model,
+        as_json=as_json,
+    )
+    raise typer.Exit(run_demo(options))
+
+
+@app.command(rich_help_panel=TRY)
+def send(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder or a ZIP.", exists=True)],
+    to: Annotated[
+        str, typer.Option("--to", metavar="HOST:PORT", help="The receiver.")
+    ] = "127.0.0.1:11112",
+    aec: Annotated[str, typer.Option("--aec", metavar="AE", help="Its AE title.")] = "VIGIL",
+    aet: Annotated[str, typer.Option("--aet", metavar="AE", help="Ours.")] = "VIGIL_SEND",
+    as_json: AsJson = False,
+) -> None:
+    """C-STORE a folder or a ZIP, as it is, with a progress bar."""
+    from node.send_command import run
+
+    raise typer.Exit(run(folder, to=to, called=aec, calling=aet, as_json=as_json))
+
+
+@app.command(rich_help_panel=TRY)
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder or a ZIP.", exists=True)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write the DICOM objects of the result here."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="A bundle, by name or folder."),
+    ] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """One study through the same path, without network and database."""
+    from node.predict import run
+
+    raise typer.Exit(run(folder, out=out, model=model, as_json=as_json, config=config))
+
+
+@app.command(rich_help_panel=STUDIES)
+def status(as_json: AsJson = False, config: Config = None) -> None:
+    """Counts per tenant and state, queue, deliveries, senders, disk, processes."""
+    from sqlalchemy.orm import Session
+
+    from config.settings import load
+    from node.database import opened
+    from node.status import show
+    from node.status import status as read
+
+    settings = load(config)
+    with opened(settings) as engine, Session(engine) as session:
+        report(read(session, settings), show, as_json=as_json)
+
+
+@app.command(rich_help_panel=STUDIES)
+def where(
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="Accession number, patient ID or any UID.")
+    ],
+    tenant: TenantOption = "",
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Where is my study? Its timeline, from the first slice to the last answer of the PACS."""
+    from sqlalchemy.orm import Session
+
+    from config.settings import load
+    from node.database import opened
+    from node.where import find, show, story
+
+    with opened(load(config)) as engine, Session(engine) as session:
+        stories = [story(session, study) for study in find(session, text, tenant)]
+    report(stories, show, as_json=as_json)
+
+
+@app.command(rich_help_panel=STUDIES)
+def rerun(study: StudyName, tenant: TenantOption = "", config: Config = None) -> None:
+    """Analyse a study again, over what is there now; the new result supersedes the old one."""
+    from node.operate import rerun as act
+
+    console().print(act(study, tenant, config))
+
+
+@app.command(rich_help_panel=STUDIES)
+def resend(study: StudyName, tenant: TenantOption = "", config: Config = None) -> None:
+    """Send a study's result objects once more, the same bytes, to every destination."""
+    from node.operate import resend as act
+
+    console().print(act(study, tenant, config))
+
+
+@app.command(rich_help_panel=ADMIN)
+def doctor(as_json: AsJson = False, config: Config = None) -> None:
+    """Check all that has to work: database, disk, model, peers, certificates, clock."""
+    from node.doctor import run
+
+    raise typer.Exit(run(config, as_json=as_json))
+
+
+def main() -> None:
+    """Entry point: errors that the node knows become one line and an exit status."""
+    hush()
+    try:
+        app()
+    except SettingsError as error:
+        complain(str(error))
+        sys.exit(WRONG_USAGE)
+    except NodeError as error:
+        complain(f"{error.code}: {error}")
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

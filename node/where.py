@@ -1,0 +1,200 @@
+"""`vigil where`: where is my study? Its timeline, found by whatever the caller has in hand."""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from db.errors import PermanentError
+from db.tables import (
+    AnalysisRow,
+    DeliveryRow,
+    EventRow,
+    InstanceRow,
+    QuarantineRow,
+    ResultRow,
+    StudyRow,
+)
+
+MAX_STUDIES = 20
+
+
+class UnknownStudy(PermanentError):
+    """Nothing here goes by that name."""
+
+    code = "unknown_study"
+
+
+def find(session: Session, text: str, tenant: str = "") -> Sequence[StudyRow]:
+    """Studies by accession number, patient ID, any UID of theirs, or page id; newest first.
+
+    Raises
+    ------
+    UnknownStudy
+        If there is none.
+    """
+    wanted = text.strip()
+    by_instance = select(InstanceRow.study_id).where(
+        or_(InstanceRow.sop_instance_uid == wanted, InstanceRow.series_instance_uid == wanted)
+    )
+    same = [
+        StudyRow.study_instance_uid == wanted,
+        StudyRow.accession_number == wanted,
+        StudyRow.patient_id == wanted,
+        StudyRow.id.in_(by_instance),
+    ]
+    if public := _uuid(wanted):
+        same.append(StudyRow.public_id == public)
+    query = select(StudyRow).where(or_(*same)).order_by(StudyRow.id.desc()).limit(MAX_STUDIES)
+    found = session.scalars(query.where(StudyRow.tenant == tenant) if tenant else query).all()
+    if not found:
+        raise UnknownStudy(
+            "nothing that was received goes by that name; see `vigil status` for senders"
+        )
+    return found
+
+
+def find_one(session: Session, text: str, tenant: str = "") -> StudyRow:
+    """As `find`, when exactly one study is meant.
+
+    Raises
+    ------
+    UnknownStudy
+        If there is none, or more than one.
+    """
+    found = find(session, text, tenant)
+    if len(found) > 1:
+        raise UnknownStudy(
+            f"{len(found)} studies go by that name: say which by its UID, and by --tenant"
+        )
+    return found[0]
+
+
+def analyses(session: Session, study: StudyRow) -> Sequence[AnalysisRow]:
+    return session.scalars(
+        select(AnalysisRow).where(AnalysisRow.study_id == study.id).order_by(AnalysisRow.id)
+    ).all()
+
+
+def story(session: Session, study: StudyRow) -> dict[str, Any]:
+    """Everything that is known of a study's way, as one JSON document."""
+    events = session.scalars(
+        select(EventRow).where(EventRow.study_id == study.id).order_by(EventRow.id)
+    )
+    quarantined = session.scalars(select(QuarantineRow).where(QuarantineRow.study_id == study.id))
+    return {
+        "study": str(study.public_id),
+        "tenant": study.tenant,
+        "origin": study.origin,
+        "study_instance_uid": study.study_instance_uid,
+        "accession_number": study.accession_number,
+        "patient_id": study.patient_id,
+        "state": study.state,
+        "instances": study.n_instances,
+        "sender": study.sender,
+        "first_received": study.created_at.isoformat(),
+        "last_received": study.last_instance_at.isoformat(),
+        "analyses": [_analysis(session, row) for row in analyses(session, study)],
+        "events": [
+            {"at": e.at.isoformat(), "event": e.kind, "is_alarm": e.is_alarm, **e.detail}
+            for e in events
+        ],
+        "quarantine": [
+            {"at": q.at.isoformat(), "state": q.state, "code": q.code, "reason": q.reason}
+            for q in quarantined
+        ],
+    }
+
+
+def show(stories: Sequence[dict[str, Any]], console: Console) -> None:
+    """The same, for a terminal."""
+    for number, one in enumerate(stories):
+        if number:
+            console.rule()
+        _show(one, console)
+
+
+def _show(story: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"[bold]{story['state']}[/]  {story['tenant']}  "
+        f"accession {story['accession_number'] or '-'}  "
+        f"{story['instances']} instances from {story['sender'] or story['origin']}",
+        highlight=False,
+    )
+    console.print(f"study {story['study_instance_uid']}", highlight=False)
+    for analysis in story["analyses"]:
+        result = analysis["result"]
+        words = analysis["reason"] or (
+            f"{result['urgency']}, result {result['result_no']}" if result else ""
+        )
+        console.print(
+            f"{analysis['bundle']}: [bold]{analysis['state']}[/]  {words}", highlight=False
+        )
+        for delivery in analysis["deliveries"]:
+            console.print(
+                f"  to {delivery['destination']}: {delivery['state']}, {delivery['attempts']} tries"
+                f"  {delivery['error']}",
+                highlight=False,
+            )
+    table = Table("when (UTC)", "what", "detail", box=None, pad_edge=False)
+    for event in story["events"]:
+        rest = {k: v for k, v in event.items() if k not in ("at", "event", "is_alarm")}
+        colour = "red" if event["is_alarm"] else "default"
+        detail = "  ".join(
+            f"{key}={value}" for key, value in rest.items() if value not in ("", None)
+        )
+        table.add_row(event["at"][:19].replace("T", " "), f"[{colour}]{event['event']}[/]", detail)
+    console.print(table)
+    for entry in story["quarantine"]:
+        console.print(
+            f"[red]quarantined[/] {entry['at'][:19]} {entry['reason']} ({entry['state']})"
+        )
+
+
+def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
+    result = session.scalar(
+        select(ResultRow).where(
+            ResultRow.analysis_id == row.id, ResultRow.result_no == row.result_no
+        )
+    )
+    deliveries = session.scalars(
+        select(DeliveryRow).where(DeliveryRow.analysis_id == row.id).order_by(DeliveryRow.id)
+    )
+    return {
+        "bundle": row.bundle,
+        "is_shadow": row.is_shadow,
+        "state": row.state,
+        "reason_code": row.reason_code,
+        "reason": row.reason,
+        "is_applicable": row.is_applicable,
+        "is_partial": row.is_partial,
+        "result": result
+        and {
+            "result_no": result.result_no,
+            "is_positive": result.is_positive,
+            "urgency": result.urgency,
+            "probability": result.probability,
+            "at": result.at.isoformat(),
+        },
+        "deliveries": [
+            {
+                "destination": d.destination,
+                "state": d.state,
+                "attempts": d.attempts,
+                "error": d.error_code,
+                "statuses": d.statuses,
+            }
+            for d in deliveries
+        ],
+    }
+
+
+def _uuid(text: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None
