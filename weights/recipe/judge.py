@@ -1,0 +1,179 @@
+"""What the outer folds say: headline, subgroups, and the shortcuts that could flatter it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weights.recipe.calibrate import log_loss
+from weights.recipe.data import LABELS, Cohort
+from weights.recipe.figures import (
+    auc,
+    brier,
+    calibration_in_the_large,
+    calibration_slope,
+    reliability,
+    share,
+    with_interval,
+)
+from weights.recipe.nested import OPERATING_POINTS, OutOfFold
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Rows = NDArray[np.int64]
+Figure = dict[str, float]
+
+ADULT_YEARS = 18.0
+_CALIBRATION_BOOTSTRAPS = 500  # each draw is a fit
+_POSITION_BANDS = 3
+
+
+class Judge:
+    """A cohort, the outer folds' answers for it, and one seed for all intervals."""
+
+    def __init__(self, cohort: Cohort, found: OutOfFold, *, seed: int) -> None:
+        self._cohort = cohort
+        self._found = found
+        self._seed = seed
+        self._groups = tuple(rows for _, rows in cohort.by_patient())
+        self._labels = cohort.per_patient(cohort.labels)  # (patients, labels)
+        self._fracture = cohort.per_patient(cohort.fracture)
+        first = np.array([rows[0] for rows in self._groups])
+        self._is_child = cohort.age_years[first] < ADULT_YEARS
+        self._is_female = cohort.is_female[first]
+
+    @property
+    def truth(self) -> Bools:
+        """(patients,), by the first label."""
+        return self._labels[:, 0]
+
+    def headline(self) -> dict[str, Any]:
+        """The first label, over all slices and all patients."""
+        slices, p, truth = self._found.logits[:, 0], self._found.probability, self.truth
+        made = {
+            "slice_auc": self._slice_auc(slices, self._cohort.labels[:, 0]),
+            "patient_auc": self._patient(lambda rows: auc(p[rows], truth[rows])),
+            "brier": self._patient(lambda rows: brier(p[rows], truth[rows])),
+            "log_loss": self._patient(lambda rows: log_loss(p[rows], truth[rows])),
+            "calibration_slope": self._patient(
+                lambda rows: calibration_slope(p[rows], truth[rows]), _CALIBRATION_BOOTSTRAPS
+            ),
+            "calibration_in_the_large": self._patient(
+                lambda rows: calibration_in_the_large(p[rows], truth[rows]), _CALIBRATION_BOOTSTRAPS
+            ),
+        }
+        constant = np.full(len(truth), truth.mean())
+        return {
+            **made,
+            "brier_of_prevalence_alone": round(brier(constant, truth), 4),
+            "log_loss_of_prevalence_alone": round(log_loss(constant, truth), 4),
+            "reliability": reliability(p, truth),
+        }
+
+    def operating_points(self) -> dict[str, dict[str, Figure]]:
+        """Sensitivity and specificity, each patient judged by a threshold set without it."""
+        return {name: self._at(self._found.present[name]) for name in OPERATING_POINTS}
+
+    def subgroups(self, active: str) -> dict[str, dict[str, Any]]:
+        """The first label where it could differ; few patients each, as the intervals say."""
+        parts = {
+            "under 18": self._is_child,
+            "18 and over": ~self._is_child,
+            "female": self._is_female,
+            "male": ~self._is_female,
+            "fracture": self._fracture,
+            "no fracture": ~self._fracture,
+        }
+        return {name: self._part(np.flatnonzero(inside), active) for name, inside in parts.items()}
+
+    def by_subtype(self, active: str) -> dict[str, dict[str, Any]]:
+        """How many patients of each subtype the first label finds, and its own slice AUC."""
+        made: dict[str, dict[str, Any]] = {}
+        for column, name in enumerate(LABELS[1:], start=1):
+            patients = np.flatnonzero(self._labels[:, column])
+            truth = self._cohort.labels[:, column]
+            found = self._found.present[active]
+            made[name] = {
+                "patients": len(patients),
+                "slices": int(truth.sum()),
+                "found_as_any": self._patient(partial(_share_of, found), among=patients),
+                "slice_auc": self._slice_auc(self._found.logits[:, column], truth),
+            }
+        return made
+
+    def shortcuts(self) -> dict[str, Any]:
+        """What slice position and fracture explain by themselves, and what is left without them."""
+        slices, truth = self._found.logits[:, 0], self._cohort.labels[:, 0]
+        position = np.concatenate([np.linspace(0, 1, len(rows)) for rows in self._groups])
+        bands = np.minimum((position * _POSITION_BANDS).astype(int), _POSITION_BANDS - 1)
+        positive = [rows for rows, has in zip(self._groups, self.truth, strict=True) if has]
+        p = self._found.probability
+        without = np.flatnonzero(~self._fracture)
+        return {
+            "slice_auc_of_position_alone": round(self._position_auc(bands), 4),
+            "slice_auc_by_position_band": {
+                name: round(auc(slices[bands == band], truth[bands == band]), 4)
+                for band, name in enumerate(("lower third", "middle third", "upper third"))
+            },
+            "slice_auc_within_positive_patients": round(
+                float(np.nanmean([auc(slices[rows], truth[rows]) for rows in positive])), 4
+            ),
+            "patient_auc_of_fracture_alone": round(
+                auc(self._fracture.astype(float), self.truth), 4
+            ),
+            "patient_auc_without_fracture": self._patient(
+                lambda rows: auc(p[rows], self.truth[rows]), among=without
+            ),
+        }
+
+    def _position_auc(self, bands: Rows) -> float:
+        """Scored by the share of positives at the same height in the other folds' patients."""
+        truth, score = self._cohort.labels[:, 0], np.empty(len(bands))
+        fold = np.repeat(self._found.folds, [len(rows) for rows in self._groups])
+        fine = np.concatenate(
+            [np.linspace(0, 9.999, len(rows)).astype(int) for rows in self._groups]
+        )
+        for number in np.unique(fold):
+            for height in np.unique(fine):
+                others = (fold != number) & (fine == height)
+                score[(fold == number) & (fine == height)] = truth[others].mean()
+        return auc(score, truth)
+
+    def _part(self, patients: Rows, active: str) -> dict[str, Any]:
+        p, truth = self._found.probability, self.truth
+        return {
+            "patients": len(patients),
+            "positive": int(truth[patients].sum()),
+            "patient_auc": self._patient(lambda rows: auc(p[rows], truth[rows]), among=patients),
+            **self._at(self._found.present[active], patients),
+        }
+
+    def _at(self, present: Bools, among: Rows | None = None) -> dict[str, Figure]:
+        truth = self.truth
+        return {
+            "sensitivity": self._patient(lambda r: share(present[r][truth[r]]), among=among),
+            "specificity": self._patient(lambda r: share(~present[r][~truth[r]]), among=among),
+        }
+
+    def _slice_auc(self, score: Floats, truth: Bools) -> Figure:
+        return with_interval(
+            lambda rows: auc(score[rows], truth[rows]), self._groups, seed=self._seed
+        )
+
+    def _patient(
+        self,
+        figure: Callable[[Rows], float],
+        bootstraps: int = 2000,
+        *,
+        among: Rows | None = None,
+    ) -> Figure:
+        chosen: Sequence[Rows] = [
+            np.array([i]) for i in (np.arange(len(self._groups)) if among is None else among)
+        ]
+        return with_interval(figure, chosen, seed=self._seed, bootstraps=bootstraps)
+
+
+def _share_of(flags: Bools, rows: Rows) -> float:
+    return share(flags[rows])

@@ -1,0 +1,135 @@
+"""The pointing game: does the peak of a heat map lie on the lesion more often than simpler guesses?
+
+J. Zhang et al., Top-down neural attention by excitation backprop, 2016. A hit is a peak inside any
+of the slice's lesion boxes, without tolerance. Out of fold: each map is made by a head that never
+saw its patient.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import nn
+
+from inference.body import body_mask
+from inference.heatmap import grad_cam, to_source
+from inference.manifest import Manifest
+from inference.window import ModelInput
+from weights.recipe.data import PICTURE_RANGE_HU, Cohort, LesionBox, read_boxes
+from weights.recipe.features import Progress, seen_by_model, silent
+from weights.recipe.figures import share, with_interval
+from weights.recipe.head import Head
+from weights.recipe.network import with_head
+
+_BONE_HU = 90.0
+_SMOOTH_PIXELS = 3.0  # of the 650-pixel pictures: about one millimetre, so that noise is no peak
+_UNTRAINED_SEED = 1
+
+
+def pointing_game(
+    cohort: Cohort,
+    data: Path,
+    heads: Sequence[Head],
+    folds: NDArray[np.int64],
+    backbone: nn.Module,
+    manifest: Manifest,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> dict[str, object]:
+    """Share of hits with 95 % intervals over patients, for the model and its two controls.
+
+    heads : one a fold; folds : (patients,) the fold of each
+    """
+    boxes = read_boxes(data)
+    networks = [with_head(backbone, head, manifest.architecture) for head in heads]
+    untrained = with_head(backbone, _untrained(heads[0]), manifest.architecture)
+    hits: dict[str, list[bool]] = {"model": [], "untrained": [], "brightest": []}
+    groups: list[NDArray[np.int64]] = []
+    chance: list[float] = []
+    for place, (patient, rows) in enumerate(cohort.by_patient()):
+        progress("pointing game", place, len(folds))
+        marked = [i for i, row in enumerate(rows) if (patient, cohort.slice_numbers[row]) in boxes]
+        if not marked:
+            continue
+        seen = seen_by_model(cohort, rows, manifest)
+        grey = cohort.grey(rows)
+        groups.append(np.arange(len(chance), len(chance) + len(marked)))
+        for i in marked:
+            lesions = boxes[patient, int(cohort.slice_numbers[rows[i]])]
+            layer = manifest.explain.layer
+            hits["model"].append(_hit(_peak(networks[folds[place]], layer, seen, i), lesions))
+            hits["untrained"].append(_hit(_peak(untrained, layer, seen, i), lesions))
+            hits["brightest"].append(_hit(_brightest(grey[i]), lesions))
+            chance.append(_area(grey[i], lesions))
+    return _summary({k: np.array(v) for k, v in hits.items()}, groups, chance, seed)
+
+
+def _summary(
+    hits: Mapping[str, NDArray[np.bool_]],
+    groups: Sequence[NDArray[np.int64]],
+    chance: Sequence[float],
+    seed: int,
+) -> dict[str, object]:
+    def rate(flags: NDArray[np.bool_]) -> dict[str, float]:
+        return with_interval(lambda rows: share(flags[rows]), groups, seed=seed)
+
+    return {
+        "slices": len(chance),
+        "patients": len(groups),
+        **{name: rate(flags) for name, flags in hits.items()},
+        "box_share_of_head": round(float(np.mean(chance)), 4),
+    }
+
+
+def _untrained(like: Head) -> Head:
+    rng = np.random.default_rng(_UNTRAINED_SEED)
+    return Head(rng.normal(size=like.weight.shape), np.zeros_like(like.bias))
+
+
+def _peak(
+    network: nn.Module, layer: str, seen: ModelInput, index: int
+) -> tuple[float, float] | None:
+    """Where the first label's map is strongest, in fractions of the picture; None: empty."""
+    cam = grad_cam(network, layer, seen.inputs[index : index + 1], [0])[0]
+    mapped = to_source(cam, seen, index)
+    return _place(mapped) if mapped.max() > 0 else None
+
+
+def _brightest(grey: NDArray[np.uint8]) -> tuple[float, float] | None:
+    """The brightest place inside the skull, after a little smoothing."""
+    low, high = PICTURE_RANGE_HU
+    hu = grey.astype(np.float32) * ((high - low) / 255) + low
+    smooth = ndimage.gaussian_filter(hu, _SMOOTH_PIXELS)
+    inside = ndimage.binary_erosion(body_mask(hu, 0.0), iterations=12) & ~ndimage.binary_dilation(
+        hu > _BONE_HU, iterations=5
+    )
+    return _place(np.where(inside, smooth, -np.inf)) if inside.any() else None
+
+
+def _place(values: NDArray[np.float32]) -> tuple[float, float]:
+    row, column = np.unravel_index(int(np.argmax(values)), values.shape)
+    return (float(row) + 0.5) / values.shape[0], (float(column) + 0.5) / values.shape[1]
+
+
+def _hit(place: tuple[float, float] | None, lesions: Sequence[LesionBox]) -> bool:
+    """An empty map points nowhere: a miss."""
+    if place is None:
+        return False
+    y, x = place
+    return any(box.left <= x <= box.right and box.top <= y <= box.bottom for box in lesions)
+
+
+def _area(grey: NDArray[np.uint8], lesions: Sequence[LesionBox]) -> float:
+    """The share of the head that its boxes cover: what a blind guess would hit."""
+    low, high = PICTURE_RANGE_HU
+    head = body_mask(grey.astype(np.float32) * ((high - low) / 255) + low, 0.0)
+    rows, columns = head.shape
+    inside = np.zeros_like(head)
+    for box in lesions:
+        top, bottom = int(box.top * rows), int(np.ceil(box.bottom * rows))
+        left, right = int(box.left * columns), int(np.ceil(box.right * columns))
+        inside[max(top, 0) : bottom, max(left, 0) : right] = True
+    return float((inside & head).sum() / max(int(head.sum()), 1))
