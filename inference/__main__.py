@@ -13,6 +13,7 @@ from db.engine import engine_for
 from db.errors import PermanentError
 from db.heartbeat import Heartbeat, process_name
 from db.process import StopSignal
+from inference.bundle import check_overrides
 from inference.device import Device
 from inference.readiness import Readiness
 from inference.scheduler import Scheduler
@@ -34,6 +35,13 @@ def main(config: Path | None = None) -> int:
     log = structlog.get_logger()
     engine = engine_for(settings, "node")
     served, refused = load_served(settings.inference.models, device)
+    try:
+        for tenant in settings.tenants:
+            for one in served.values():
+                check_overrides(one.bundle, tenant.thresholds, tenant.prevalence)
+    except PermanentError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
 
     def detail() -> dict[str, Any]:
         return {

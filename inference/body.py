@@ -48,32 +48,65 @@ class Box:
 def body_mask(image: NDArray[np.float32], above: float) -> NDArray[np.bool_]:
     """The filled outline of the largest connected thing over `above` on one image.
 
-    Opened first by one pixel, so that a holder that touches lets go; see `coarse`.
+    Opened first by one pixel, so that a holder that touches lets go.
     """
-    opened = ndimage.binary_opening(image > above)
-    named, count = ndimage.label(opened)
-    if count == 0:
-        return np.zeros(image.shape, np.bool_)
-    largest = named == 1 + int(np.argmax(np.bincount(named.ravel())[1:]))
-    filled: NDArray[np.bool_] = ndimage.binary_fill_holes(largest)
-    return filled
+    return _filled(_largest(_opened(image > above)))
 
 
-def coarse(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
-    """Every k-th pixel of (n, rows, cols), about 256 of them a side, and k: enough for outlines."""
+def body_masks(images: NDArray[np.float32], above: float) -> tuple[NDArray[np.bool_], int]:
+    """`body_mask` of every k-th pixel of images of shape (n, rows, cols); gives the masks and k.
+
+    About 256 pixels a side are enough for outlines.
+    """
     step = max(1, round(min(images.shape[1:]) / 256))
-    return images[:, ::step, ::step], step
+    return np.stack([body_mask(image, above) for image in images[:, ::step, ::step]]), step
 
 
 def body_box(images: NDArray[np.float32], above: float) -> Box | None:
     """One box round the body over all images, shape (n, rows, cols); None where there is none."""
-    few, step = coarse(images)
-    masks = np.stack([body_mask(image, above) for image in few])
+    masks, step = body_masks(images, above)
+    box = usual_box(masks)
+    if box is None:
+        return None
+    bottom, right = min(box.bottom * step, images.shape[1]), min(box.right * step, images.shape[2])
+    return Box(box.top * step, box.left * step, float(bottom), float(right))
+
+
+def usual_box(masks: NDArray[np.bool_]) -> Box | None:
+    """The box round where the body usually is, in the masks' own pixels; None for empty masks."""
     areas = masks.sum(axis=(1, 2))
     if areas.max(initial=0) == 0:
         return None
     usual = masks[areas >= _LARGE * areas.max()].mean(axis=0) >= _USUAL
     rows, columns = np.flatnonzero(usual.any(axis=1)), np.flatnonzero(usual.any(axis=0))
-    top, left = float(rows[0] * step), float(columns[0] * step)
-    bottom, right = (rows[-1] + 1) * step, (columns[-1] + 1) * step
-    return Box(top, left, float(min(bottom, images.shape[1])), float(min(right, images.shape[2])))
+    return Box(float(rows[0]), float(columns[0]), float(rows[-1] + 1), float(columns[-1] + 1))
+
+
+def _opened(solid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Eroded, then grown, by a cross of one pixel; outside is empty. Ten times scipy's speed."""
+    return _with_neighbours(_with_neighbours(solid, np.logical_and), np.logical_or)
+
+
+def _with_neighbours(solid: NDArray[np.bool_], combine: np.ufunc) -> NDArray[np.bool_]:
+    padded = np.pad(solid, 1)
+    made = solid.copy()
+    for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        height, width = solid.shape
+        combine(made, padded[rows : rows + height, columns : columns + width], out=made)
+    return made
+
+
+def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    named, count = ndimage.label(mask)
+    if count == 0:
+        return mask
+    largest: NDArray[np.bool_] = named == 1 + int(np.argmax(np.bincount(named.ravel())[1:]))
+    return largest
+
+
+def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With all of the background that does not reach the edge."""
+    named, _ = ndimage.label(~mask)
+    edge = np.concatenate([named[0], named[-1], named[:, 0], named[:, -1]])
+    filled: NDArray[np.bool_] = ~np.isin(named, edge[edge > 0])
+    return filled

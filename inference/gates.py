@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from db.result import Eligibility
-from inference.body import body_box, body_mask, coarse
+from inference.body import body_masks, usual_box
 from inference.manifest import BodySpec, Gate, Manifest
 from inference.volume import Volume
 
@@ -17,29 +17,25 @@ def body_refusal(volume: Volume, manifest: Manifest) -> Eligibility | None:
     body = manifest.pixels.body
     if body is None:
         return None
-    images, step = coarse(volume.pixels)
-    images = np.clip(images, *manifest.pixels.value_range)
-    masks = np.stack([body_mask(image, body.above) for image in images])
+    masks, step = body_masks(volume.pixels, body.above)
     if not masks.any():
         return Eligibility("body", "none", "a body", "Nothing in the images looks like a body.")
     if volume.spacing_mm is not None:
         row_mm, column_mm = volume.spacing_mm
-        if broken := _size(images, masks, (row_mm * step, column_mm * step), body):
+        if broken := _size(masks, (row_mm * step, column_mm * step), body):
             return broken
-    return _shares(images[masks], manifest.pixels.gates)
+    inside = np.clip(volume.pixels[:, ::step, ::step][masks], *manifest.pixels.value_range)
+    return _shares(inside, manifest.pixels.gates)
 
 
 def _size(
-    images: NDArray[np.float32],
-    masks: NDArray[np.bool_],
-    spacing: tuple[float, float],
-    body: BodySpec,
+    masks: NDArray[np.bool_], spacing: tuple[float, float], body: BodySpec
 ) -> Eligibility | None:
     area = int(masks.sum(axis=(1, 2)).max()) * spacing[0] * spacing[1] / 100
     reason = "The body's area is unlikely."
     if broken := _outside("body_area", area, body.area_cm2, "cm2", reason):
         return broken
-    box = body_box(images, body.above)
+    box = usual_box(masks)
     if box is None:
         return None
     sides = (box.bottom - box.top) * spacing[0], (box.right - box.left) * spacing[1]

@@ -22,16 +22,16 @@ from inference.eligibility import check_pixels, judge
 from inference.manifest import Manifest
 from inference.predict import Prepared, prepare
 from inference.readiness import headers_of
-from inference.volume import Decoded, build_volume
+from inference.volume import Decoded, NoVolume, build_volume
 
 #: An instance whose decoding kills the child this often is not read again.
 MAX_DEATHS = 2
 
 
-class Undecodable(PermanentError):
+class DecoderKilled(PermanentError):
     """An image crashed, hung or exhausted the decoder each time it was tried."""
 
-    code: ClassVar[str] = "undecodable"
+    code: ClassVar[str] = "decoder_killed"
 
 
 class InstanceGone(TransientError):
@@ -109,7 +109,7 @@ def decode(
 
     Raises
     ------
-    Undecodable
+    DecoderKilled
         If it killed its child each time.
     """
     for attempt in range(1, MAX_DEATHS + 1):
@@ -124,13 +124,16 @@ def decode(
             return Decoded(instance_id, header, meta, arrays[0])
         except ChildDied as error:
             if attempt == MAX_DEATHS:
-                raise Undecodable("an image ended its decoder each time it was read") from error
+                raise DecoderKilled("an image ended its decoder each time it was read") from error
     raise AssertionError("unreachable")
 
 
 def prepare_images(images: Sequence[Decoded], bundle: Bundle) -> Prepared | Eligibility:
     """Decoded images to model inputs, or the pixel rule that refuses them."""
     manifest: Manifest = bundle.manifest
-    volume = build_volume(images, manifest)
+    try:
+        volume = build_volume(images, manifest)
+    except NoVolume as error:
+        return Eligibility("volume", "several", "one array of images", f"{error}.".capitalize())
     refused = check_pixels(volume, manifest)
     return refused if refused is not None else prepare(volume, bundle)
