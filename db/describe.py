@@ -8,12 +8,10 @@ import datetime as dt
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import warnings
 import zlib
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -24,7 +22,8 @@ from pydicom.filereader import read_dataset
 
 from db.errors import NotDicom
 from db.header import InstanceHeader
-from db.meta import decode_head
+from db.lenient import BAD_VALUE, date, integer, number, numbers, text, texts
+from db.meta import transfer_syntax
 from db.pixel_digest import BIG_ENDIAN, PIXEL_TAGS, pixel_sha256
 from db.sandbox import Answer
 
@@ -33,7 +32,6 @@ _DEFLATED = frozenset(
     {"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"}
 )
 _DEFER_BYTES = 64 * 2**20  # per-frame groups are long; a longer value is none that we read
-_MAX_TEXT_CHARS = 256  # four times what LO may hold; an index row holds 2704 bytes
 _MAX_FRAMES = 100_000
 _AGE = re.compile(r"(\d{3})([DWMY])")
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
@@ -86,11 +84,6 @@ _OTHERS = [
 ]  # fmt: skip
 _KEYWORDS = {*_TEXTS.values(), *_INTEGERS.values(), *_PATIENT.values(), *_OTHERS}
 _TAGS = [tag for keyword in sorted(_KEYWORDS) if (tag := tag_for_keyword(keyword)) is not None]
-# Whatever pydicom raises when a value is not what its VR says.
-_BAD_VALUE = (
-    ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError,
-    NotImplementedError, EOFError, OSError,
-)  # fmt: skip
 
 
 def describe(path: str) -> Answer:
@@ -108,15 +101,15 @@ def describe(path: str) -> Answer:
     """
     with warnings.catch_warnings(), open(path, "rb") as file:
         warnings.simplefilter("ignore")
-        syntax = decode_head(file).transfer_syntax_uid
+        syntax = transfer_syntax(file)
         body = _inflated(file) if syntax in _DEFLATED else file
         is_big = syntax == BIG_ENDIAN
         ds = _dataset(body, is_implicit=syntax in _IMPLICIT, is_big=is_big)
         is_implicit = bool(ds.original_encoding[0])
-        swap = max(1, (_integer(ds, "BitsAllocated") or 8) // 8)
+        swap = max(1, (integer(ds, "BitsAllocated") or 8) // 8)
         pixels = pixel_sha256(body, is_implicit=is_implicit, is_big=is_big, swap=swap)
         header = _header(ds, syntax)
-        patient = {name: _text(ds, keyword) for name, keyword in _PATIENT.items()}
+        patient = {name: text(ds, keyword) for name, keyword in _PATIENT.items()}
     return {
         "header": header.to_json(),
         "patient": patient,
@@ -156,7 +149,7 @@ def _dataset(file: BinaryIO, *, is_implicit: bool, is_big: bool) -> Dataset:
     if file.tell() > size or any(_is_cut(ds.get_item(tag)) for tag in tags):
         raise NotDicom("the data set is cut off")
     if not any(
-        _text(ds, keyword) for keyword in ("SOPInstanceUID", "StudyInstanceUID", "PatientID")
+        text(ds, keyword) for keyword in ("SOPInstanceUID", "StudyInstanceUID", "PatientID")
     ):
         raise NotDicom("neither UIDs nor a patient: not a data set")
     return ds
@@ -169,89 +162,31 @@ def _is_cut(element: Any) -> bool:
 
 
 def _header(ds: Dataset, syntax: str) -> InstanceHeader:
-    texts = {field: _text(ds, keyword) for field, keyword in _TEXTS.items()}
-    integers = {field: _integer(ds, keyword) for field, keyword in _INTEGERS.items()}
-    patient_dates = _date(ds, "PatientBirthDate"), _date(ds, "StudyDate")
-    spacing = _numbers(ds, "PixelSpacing", 2) or _numbers(ds, "ImagerPixelSpacing", 2)
-    frames = _integer(ds, "NumberOfFrames")
+    words = {field: text(ds, keyword) for field, keyword in _TEXTS.items()}
+    counts = {field: integer(ds, keyword) for field, keyword in _INTEGERS.items()}
+    patient_dates = date(ds, "PatientBirthDate"), date(ds, "StudyDate")
+    spacing = numbers(ds, "PixelSpacing", 2) or numbers(ds, "ImagerPixelSpacing", 2)
+    frames = integer(ds, "NumberOfFrames")
     return InstanceHeader(
-        **texts,  # type: ignore[arg-type]  # one value type per table
-        **integers,  # type: ignore[arg-type]
+        **words,  # type: ignore[arg-type]  # one value type per table
+        **counts,  # type: ignore[arg-type]
         transfer_syntax_uid=syntax,
-        image_type=tuple(_texts(ds, "ImageType")),
-        kernel="\\".join(_texts(ds, "ConvolutionKernel")),
-        laterality=_text(ds, "ImageLaterality") or _text(ds, "Laterality"),
+        image_type=tuple(texts(ds, "ImageType")),
+        kernel="\\".join(texts(ds, "ConvolutionKernel")),
+        laterality=text(ds, "ImageLaterality") or text(ds, "Laterality"),
         study_date=patient_dates[1],
-        patient_age_years=_age_years(_text(ds, "PatientAge"), *patient_dates),
+        patient_age_years=_age_years(text(ds, "PatientAge"), *patient_dates),
         frames=frames if frames is not None and frames > 0 else 1,
-        rescale_slope=_number(ds, "RescaleSlope"),
-        rescale_intercept=_number(ds, "RescaleIntercept"),
-        rescale_type=_text(ds, "RescaleType"),
-        orientation=_numbers(ds, "ImageOrientationPatient", 6),
-        position=_numbers(ds, "ImagePositionPatient", 3) if "ImagePositionPatient" in ds else None,
+        rescale_slope=number(ds, "RescaleSlope"),
+        rescale_intercept=number(ds, "RescaleIntercept"),
+        rescale_type=text(ds, "RescaleType"),
+        orientation=numbers(ds, "ImageOrientationPatient", 6),
+        position=numbers(ds, "ImagePositionPatient", 3) if "ImagePositionPatient" in ds else None,
         pixel_spacing=spacing,
-        slice_thickness=_number(ds, "SliceThickness"),
-        gantry_tilt=_number(ds, "GantryDetectorTilt"),
-        is_lossy=_text(ds, "LossyImageCompression") == "01",
+        slice_thickness=number(ds, "SliceThickness"),
+        gantry_tilt=number(ds, "GantryDetectorTilt"),
+        is_lossy=text(ds, "LossyImageCompression") == "01",
     )
-
-
-def _value(ds: Dataset, keyword: str) -> Any:
-    """The attribute, looked up in the enhanced objects' functional groups too (PS3.3 C.7.6.16)."""
-    with suppress(*_BAD_VALUE):
-        if keyword in ds:
-            return ds[keyword].value
-    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        with suppress(*_BAD_VALUE):
-            for macro in ds[groups].value[0]:  # the first frame stands for all
-                if macro.VR == "SQ" and macro.value and keyword in macro.value[0]:
-                    return macro.value[0][keyword].value
-    return None
-
-
-def _texts(ds: Dataset, keyword: str) -> list[str]:
-    value = _value(ds, keyword)
-    if value is None:
-        return []
-    many = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    return [_clean(item) for item in (value if many else [value])]
-
-
-def _clean(value: object) -> str:
-    """Text that PostgreSQL can hold: no NUL, no lone surrogate; padding is not significant."""
-    text = str(value).encode("utf-8", "replace").decode("utf-8").replace("\0", "")
-    return text.strip()[:_MAX_TEXT_CHARS]
-
-
-def _text(ds: Dataset, keyword: str) -> str:
-    return "\\".join(_texts(ds, keyword))[:_MAX_TEXT_CHARS]
-
-
-def _numbers(ds: Dataset, keyword: str, n: int) -> tuple[float, ...] | None:
-    with suppress(*_BAD_VALUE):
-        value = _value(ds, keyword)
-        found = tuple(float(item) for item in (value if n > 1 else [value]))
-        if len(found) == n and all(map(math.isfinite, found)):
-            return found
-    return None
-
-
-def _number(ds: Dataset, keyword: str) -> float | None:
-    found = _numbers(ds, keyword, 1)
-    return found[0] if found else None
-
-
-def _integer(ds: Dataset, keyword: str) -> int | None:
-    number = _number(ds, keyword)
-    return int(number) if number is not None and abs(number) < 2**53 else None
-
-
-def _date(ds: Dataset, keyword: str) -> str:
-    text = _text(ds, keyword).replace(".", "")  # ACR-NEMA wrote 2026.11.23
-    with suppress(ValueError):
-        if len(text) == 8:
-            return dt.datetime.strptime(text, "%Y%m%d").strftime("%Y%m%d")  # noqa: DTZ007 - a day
-    return ""
 
 
 def _age_years(age: str, birth: str, study: str) -> float | None:
@@ -265,11 +200,11 @@ def _age_years(age: str, birth: str, study: str) -> float | None:
 
 def _is_ours(ds: Dataset) -> bool:
     """Our results say so twice: who made the object, and what software contributed."""
-    if _text(ds, "Manufacturer") != "Vigil":
+    if text(ds, "Manufacturer") != "Vigil":
         return False
-    with suppress(*_BAD_VALUE):
+    with suppress(*BAD_VALUE):
         return any(
-            _text(item, "Manufacturer") == "Vigil" and _text(item, "DeviceUID").startswith("2.25.")
+            text(item, "Manufacturer") == "Vigil" and text(item, "DeviceUID").startswith("2.25.")
             for item in ds["ContributingEquipmentSequence"].value
         )
     return False
@@ -298,7 +233,7 @@ def _identity(ds: Dataset, header: InstanceHeader, patient: dict[str, str]) -> s
 
 def _frames(ds: Dataset) -> list[list[Any]]:
     """Geometry and rescale of each frame of an enhanced object; empty for all others."""
-    with suppress(*_BAD_VALUE):
+    with suppress(*BAD_VALUE):
         groups = ds["PerFrameFunctionalGroupsSequence"].value
         return [_frame(frame) for frame in groups[:_MAX_FRAMES]]
     return []
@@ -311,8 +246,8 @@ def _frame(frame: Dataset) -> list[Any]:
             continue
         item = macro.value[0]
         found += [
-            _numbers(item, "ImagePositionPatient", 3), _numbers(item, "ImageOrientationPatient", 6),
-            _numbers(item, "PixelSpacing", 2), _numbers(item, "RescaleSlope", 1),
-            _numbers(item, "RescaleIntercept", 1),
+            numbers(item, "ImagePositionPatient", 3), numbers(item, "ImageOrientationPatient", 6),
+            numbers(item, "PixelSpacing", 2), numbers(item, "RescaleSlope", 1),
+            numbers(item, "RescaleIntercept", 1),
         ]  # fmt: skip
     return found

@@ -19,6 +19,7 @@ from config.settings import Settings, load
 from db import studies
 from db.engine import engine_for, upgrade
 from db.errors import NodeError, TransientError
+from db.heartbeat import Heartbeat
 from db.intake import Intake
 from db.process import StopSignal, die_with_parent
 from db.refusals import Refused, forget, noted
@@ -117,6 +118,7 @@ def run(settings: Settings, own: str, stopping: StopSignal) -> None:
     if stopping.is_set():
         return
     engine = engine_for(settings, "node")
+    heartbeat = Heartbeat(engine, "scp", lambda: {"receiver": own})
     with Sandbox(READERS, _MEMORY_MB, _CPU_S) as sandbox:
         intake = Intake(engine, settings, sandbox, READERS)
         drain = Drain(engine, settings, own, intake)
@@ -130,6 +132,7 @@ def run(settings: Settings, own: str, stopping: StopSignal) -> None:
                     stopping.wait(_IDLE_S)
         drain.close()
         intake.close()
+    heartbeat.close()
     engine.dispose()
 
 

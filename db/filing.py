@@ -3,7 +3,6 @@
 import datetime as dt
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,17 @@ from sqlalchemy.orm import Session
 
 from config.tenants import Tenant
 from db import studies
+from db.aside import Arrival, quarantine
 from db.errors import StaleAnalysis
 from db.files import same_content, store_path
 from db.header import InstanceHeader
-from db.identity import Described, Stored, Trouble, conflict, is_same_patient
+from db.identity import Stored, Trouble, conflict, is_same_patient
 from db.job import Lane, lane
-from db.meta import Provenance
-from db.outbox import DeliveryState
 from db.spool import Spooled
 from db.study import AnalysisEvent, AnalysisState
 from db.tables import (
     AnalysisRow,
-    DeliveryRow,
     InstanceRow,
-    QuarantineRow,
-    ReturnedRow,
     SenderRow,
     StudyRow,
 )
@@ -45,84 +40,6 @@ _PATIENT = (
     "study_description",
 )
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A spooled instance that could be read."""
-
-    spooled: Spooled
-    source: Provenance
-    described: Described
-    size_bytes: int
-
-    @property
-    def uid(self) -> str:
-        return self.described.header.sop_instance_uid
-
-
-def quarantine(
-    session: Session,
-    item: Spooled,
-    source: Provenance,
-    trouble: Trouble,
-    sop_instance_uid: str = "",
-    study: StudyRow | None = None,
-) -> None:
-    """Set an instance aside until an operator decides; a conflict holds the study."""
-    session.add(
-        QuarantineRow(
-            id=item.id,
-            tenant=source.tenant,
-            origin=source.origin,
-            study_id=study.id if study else None,
-            code=trouble.code,
-            reason=trouble.reason,
-            is_conflict=trouble.is_conflict,
-            sop_instance_uid=sop_instance_uid,
-            sender=source.calling_ae,
-            size_bytes=item.path.stat().st_size,
-        )
-    )
-    detail: dict[str, Any] = {"code": trouble.code, "instance_id": str(item.id)}
-    if study is not None and trouble.is_conflict:
-        detail["delivered_to"] = _delivered_to(session, study)
-        study.is_held = True
-        study.row_version += 1
-        studies.refresh_state(session, study.id)
-    studies.record(
-        session,
-        "instance_quarantined",
-        tenant=source.tenant,
-        origin=source.origin,
-        study_id=study.id if study else None,
-        is_alarm=trouble.is_conflict,
-        **detail,
-    )
-    log.warning("instance_quarantined", reason_code=trouble.code, instance_id=str(item.id))
-
-
-def file_returned(session: Session, arrivals: Sequence[Arrival]) -> list[Spooled]:
-    """Count our own objects that came back; returns those whose file is here already."""
-    again: list[Spooled] = []
-    for item in arrivals:
-        kept = session.scalar(
-            insert(ReturnedRow)
-            .values(
-                id=item.spooled.id,
-                tenant=item.source.tenant,
-                sop_instance_uid=item.uid,
-                sender=item.source.calling_ae,
-            )
-            .on_conflict_do_update(
-                index_elements=["tenant", "sop_instance_uid"],
-                set_={"n": ReturnedRow.n + 1, "at": func.now()},
-            )
-            .returning(ReturnedRow.id)
-        )
-        if kept != item.spooled.id:
-            again.append(item.spooled)
-    return again
 
 
 def file_study(
@@ -364,13 +281,3 @@ def _age_days(study_date: str) -> int | None:
     except ValueError:
         return None
     return (dt.datetime.now(dt.UTC).date() - day).days if day else None
-
-
-def _delivered_to(session: Session, study: StudyRow) -> list[str]:
-    """Where results of this study are already: the alarm names them."""
-    rows = session.execute(
-        select(DeliveryRow.destination, DeliveryRow.result_id).where(
-            DeliveryRow.study_id == study.id, DeliveryRow.state == DeliveryState.DELIVERED
-        )
-    )
-    return sorted({f"{destination}: result {result_id}" for destination, result_id in rows})

@@ -19,11 +19,12 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
+from db.aside import Arrival, file_returned, quarantine
 from db.describe import describe
 from db.errors import ChildDied, PermanentError, TransientError
 from db.faults import point
 from db.files import link_all, quarantine_path, returned_path, store_path
-from db.filing import Arrival, file_returned, file_study, quarantine
+from db.filing import file_study
 from db.identity import Described, Trouble, uid_trouble
 from db.meta import Provenance
 from db.sandbox import Sandbox

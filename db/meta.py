@@ -77,6 +77,28 @@ def decode_head(file: BinaryIO) -> Provenance:
     ------
     SpoolCorrupt
     """
+    try:
+        return Provenance.from_json(json.loads(_group(file)[0x0102]))
+    except (KeyError, TypeError, ValueError, struct.error) as error:
+        raise SpoolCorrupt(
+            f"no provenance in the file meta group ({type(error).__name__})"
+        ) from None
+
+
+def transfer_syntax(file: BinaryIO) -> str:
+    """As `decode_head`, of any DICOM file of ours: results have no provenance of a sender.
+
+    Raises
+    ------
+    SpoolCorrupt
+    """
+    try:
+        return _group(file)[0x0010].decode("ascii")
+    except (KeyError, ValueError, struct.error) as error:
+        raise SpoolCorrupt(f"no transfer syntax in the file ({type(error).__name__})") from None
+
+
+def _group(file: BinaryIO) -> dict[int, bytes]:
     head = file.read(144)
     if len(head) < 144 or head[128:140] != b"DICM\x02\x00\x00\x00UL\x04\x00":
         raise SpoolCorrupt("no file meta group")
@@ -84,12 +106,7 @@ def decode_head(file: BinaryIO) -> Provenance:
     body = file.read(length) if length <= _MAX_META_BYTES else b""
     if len(body) != length:
         raise SpoolCorrupt("the file meta group is cut off")
-    try:
-        return Provenance.from_json(json.loads(_elements(body)[0x0102]))
-    except (KeyError, TypeError, ValueError, struct.error) as error:
-        raise SpoolCorrupt(
-            f"no provenance in the file meta group ({type(error).__name__})"
-        ) from None
+    return _elements(body)
 
 
 def _element(element: int, vr: bytes, value: bytes) -> bytes:

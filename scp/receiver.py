@@ -17,7 +17,8 @@ from db.errors import TransientError
 from db.process import StopSignal, die_with_parent
 from db.spool import Spool
 from scp import tls
-from scp.server import Door, Listener, application_entity, serve, stop
+from scp.door import Door
+from scp.server import Listener, application_entity, serve, stop
 from scp.upper_layer import configure
 
 _RETRY_S = 1.0

@@ -22,58 +22,17 @@ from pynetdicom.transport import (
     ThreadedAssociationServer,
 )
 
-from config.settings import ScpSettings, Settings
-from config.tenants import Tenant
-from db.errors import NodeError
+from config.settings import ScpSettings
 from db.meta import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from db.refusals import Refused, note
-from db.spool import Spool
 from scp import presentation, store
-from scp.admission import Admission, Caller, LimitReached, Limits, Refusal, judge
+from scp.admission import Admission, Caller, LimitReached, Refusal
+from scp.door import Door
 from scp.tls import subject
 from scp.upper_layer import Line, Reception
 
 _SPARE_CONNECTIONS = 64  # beside the associations: probes, refusals, handshakes
 _SHUTDOWN_S = 5.0  # for C-STOREs under way
 log = structlog.get_logger()
-
-
-class Door:
-    """What all associations of this process share."""
-
-    def __init__(self, settings: Settings, spool: Spool, processes: int = 1) -> None:
-        self.settings = settings  # replaced as a whole by a reload
-        self.spool = spool
-        self.limits = Limits(settings.scp, processes)
-        self.is_closing = threading.Event()
-
-    def reload(self, tenants: tuple[Tenant, ...]) -> None:
-        """Other tenants from now on; associations that live keep what they were admitted to."""
-        fresh = self.settings.model_copy(update={"tenants": tenants})
-        fresh.__dict__.pop("by_ae_title", None)  # a cached property that the copy took along
-        self.settings = fresh
-
-    def admit(self, caller: Caller) -> Admission | Refusal:
-        found = judge(self.settings, caller)
-        if isinstance(found, Refusal):
-            self.refused(found.name.lower(), caller)
-        return found
-
-    def refused(self, code: str, caller: Caller) -> None:
-        """Log it and note it for the audit trail."""
-        tenant = self.settings.by_ae_title.get(caller.called_ae)
-        words = {"calling_ae": caller.calling_ae, "called_ae": caller.called_ae}
-        log.warning("association_refused", reason_code=code, address=caller.address, **words)
-        with contextlib.suppress(NodeError):  # a full disk must not stop the refusal itself
-            note(
-                self.spool.folder,
-                Refused(
-                    code=code,
-                    address=caller.address,
-                    tenant=tenant.id if tenant else "",
-                    **words,
-                ),
-            )
 
 
 class StoreReception(Reception):

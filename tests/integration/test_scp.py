@@ -26,7 +26,8 @@ from config.tenants import Destination, Sender, Tenant
 from db.refusals import noted
 from db.spool import Spool, read_provenance, scan
 from scp import tls
-from scp.server import Door, Listener, application_entity, serve, stop
+from scp.door import Door
+from scp.server import Listener, application_entity, serve, stop
 from scp.upper_layer import configure
 from tests.builders import ct_image, ct_series
 
