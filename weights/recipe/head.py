@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # has no types
 
 Balance = Literal["none", "balanced"]
 
@@ -59,7 +60,8 @@ def _fit(
         max_iter=_MAX_ITERATIONS,
         tol=1e-4,
     )
-    with warnings.catch_warnings():
+    # One thread: on matrices this small a second one only waits (measured: 0.1 s, not 2 s).
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
         # A fit that stops early is a little more regularised, no less valid: folds judge it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(standard, label)

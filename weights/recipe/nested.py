@@ -22,7 +22,7 @@ Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
 _BALANCES: tuple[Balance, ...] = ("none", "balanced")
-OPTIONS = tuple(Options(c, b) for c, b in product((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), _BALANCES))
+OPTIONS = tuple(Options(c, b) for c, b in product((3e-4, 1e-3, 3e-3, 1e-2), _BALANCES))
 AGGREGATIONS = (
     Aggregation(kind="max"),
     Aggregation(kind="topk_mean", k=3),
