@@ -10,8 +10,8 @@ from fastapi import APIRouter, Query
 from dashboard import health, overview, study_page, worklist
 from dashboard.auth import CurrentViewer, Operator
 from dashboard.context import Ctx
+from dashboard.looking import viewed, visible_study
 from dashboard.tenancy import acting_as
-from dashboard.views import viewed, visible_study
 
 router = APIRouter(prefix="/api/v1", tags=["api"])
 

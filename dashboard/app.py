@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from config.settings import Settings
-from dashboard import api, audit, live, login, metrics, probes, views
+from dashboard import api, audit, live, login, metrics, pictures, probes, views
 from dashboard.context import Context, LoginNeeded, NotThere, Refused, Stopping
 from dashboard.guard import Guard, allowed_hosts
 from dashboard.images import ImageCache, NoPicture
@@ -46,7 +46,7 @@ def create_app(
     )
     app.state.context = context
     app.state.registry = metrics.registry(context)
-    for part in (probes, metrics, api, login, live, views):
+    for part in (probes, metrics, api, login, live, pictures, views):
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     _add_handlers(app)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dashboard import render
-from dashboard.study_page import StackImage
+from dashboard.stack import StackImage
 from db.errors import NodeError
 from db.files import result_folder
 from db.pixels import read_images

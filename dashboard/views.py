@@ -1,12 +1,8 @@
 """The pages. Each reads in one short transaction as its viewer, and records that it was read."""
 
-import io
-import json
 import uuid
-import zipfile
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse
@@ -14,20 +10,17 @@ from pydantic import ValidationError
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from dashboard import audit, health, images, overview, report, study_page, worklist
+from dashboard import audit, health, images, overview, report, stack, study_page, worklist
 from dashboard.auth import CurrentViewer, FromOurPage, Operator
 from dashboard.context import Context, Ctx, NotThere, Refused
+from dashboard.looking import Bundle, viewed, visible_study
 from dashboard.pages import page
 from dashboard.tenancy import Viewer, acting_as
-from db.result import Finding
 from db.study import AnalysisEvent, StudyState
-from db.tables import AnalysisRow, RequestRow, ResultRow, StudyRow
+from db.tables import RequestRow
 
 router = APIRouter(include_in_schema=False)
 
-Bundle = Annotated[str, Query(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")]
-#: Pictures are decoded by few children: whoever waits for one must not keep pages waiting.
-_PICTURES = anyio.CapacityLimiter(6)
 _ACTIONS = {"rerun": AnalysisEvent.RERUN, "resend": AnalysisEvent.RESEND}
 
 
@@ -91,10 +84,10 @@ def study(
         view = study_page.read(session, row)
         chosen = view.chosen(bundle)
         finding = chosen.finding if chosen else None
-        stack = study_page.stack(session, data_dir, row, finding)
+        found = stack.stack(session, data_dir, row, finding)
         viewed(context, session, viewer, "study_viewed", target=str(study_id))
     values: dict[str, Any] = {"view": view, "chosen": chosen, "finding": finding, "asked": asked}
-    values["viewer_data"] = _viewer_data(study_id, chosen, stack) if stack else None
+    values["viewer_data"] = _viewer_data(study_id, chosen, found) if found else None
     values["presets"] = images.presets(finding.output if finding else None)
     values["report"] = report
     is_part = "hx-request" in request.headers
@@ -104,109 +97,24 @@ def study(
 def _viewer_data(
     study_id: uuid.UUID,
     chosen: study_page.Analysis | None,
-    stack: tuple[study_page.StackImage, ...],
+    found: tuple[stack.StackImage, ...],
 ) -> dict[str, Any]:
     """What the page's script needs to show the stack."""
     finding = chosen.finding if chosen else None
     keys = finding.key_images if finding else ()
-    middle = keys[len(keys) // 2].image if keys else len(stack) // 2
+    middle = keys[len(keys) // 2].image if keys else len(found) // 2
     if finding and keys:  # open on the strongest key image
         middle = max(keys, key=lambda key: key.raw.logit).image
     return {
         "base": f"/study/{study_id}",
         "bundle": chosen.bundle if chosen else "",
         "start": middle,
-        "numbers": [image.instance_number for image in stack],
-        "positions": [image.position_mm for image in stack],
+        "numbers": [image.instance_number for image in found],
+        "positions": [image.position_mm for image in found],
         "keys": [{"image": key.image, "label": key.label} for key in keys],
         "opacity": round(images.overlay_opacity(finding), 2) if finding else 0.0,
         "word": finding.output.image_word if finding else "image",
     }
-
-
-@router.get("/study/{study_id}/image/{number}.png")
-async def image(
-    request: Request,
-    context: Ctx,
-    viewer: CurrentViewer,
-    study_id: uuid.UUID,
-    number: int,
-    window: images.Window = "display",
-    bundle: Bundle = "",
-) -> Response:
-    def picture() -> bytes:
-        with acting_as(context.engine, viewer) as session:
-            row = visible_study(session, viewer, study_id)
-            result_id, finding = _finding(session, row, bundle)
-            key = (row.id, row.inputs_version, result_id)
-            data_dir = context.settings.node.data_dir
-            stack = context.images.stack(
-                key, lambda: study_page.stack(session, data_dir, row, finding)
-            )
-            viewed(context, session, viewer, "images_viewed", target=str(study_id))
-        if not 0 <= number < len(stack):
-            raise images.NoPicture("There is no such image.")
-        output = finding.output if finding else None
-        limit = context.settings.inference.max_pixels
-        return images.slice_png(
-            context.images, context.sandbox, stack[number], window, output, limit
-        )
-
-    data = await anyio.to_thread.run_sync(picture, limiter=_PICTURES)
-    return Response(data, media_type="image/png")
-
-
-@router.get("/study/{study_id}/heatmap/{number}.png")
-def heat_map(
-    context: Ctx, viewer: CurrentViewer, study_id: uuid.UUID, number: int, bundle: Bundle = ""
-) -> Response:
-    with acting_as(context.engine, viewer) as session:
-        row = visible_study(session, viewer, study_id)
-        _, finding = _finding(session, row, bundle)
-        viewed(context, session, viewer, "images_viewed", target=str(study_id))
-    if finding is None:
-        raise images.NoPicture("There is no result.")
-    data_dir = context.settings.node.data_dir
-    data = images.heat_map_png(data_dir, row.tenant, finding, number)
-    return Response(data, media_type="image/png")
-
-
-@router.get("/study/{study_id}/result.json")
-def result_json(
-    context: Ctx, viewer: CurrentViewer, study_id: uuid.UUID, bundle: Bundle = ""
-) -> Response:
-    with acting_as(context.engine, viewer) as session:
-        row = visible_study(session, viewer, study_id)
-        result_id, finding = _finding(session, row, bundle)
-        if finding is None:
-            raise NotThere(viewer, str(study_id))
-        audit.record(session, viewer, "result_downloaded", target=str(study_id), format="json")
-    text = json.dumps(finding.to_json(), indent=2)
-    return _download(text.encode(), f"vigil-{result_id}.json", "application/json")
-
-
-@router.get("/study/{study_id}/result.zip")
-def result_zip(
-    context: Ctx, viewer: CurrentViewer, study_id: uuid.UUID, bundle: Bundle = ""
-) -> Response:
-    with acting_as(context.engine, viewer) as session:
-        row = visible_study(session, viewer, study_id)
-        result_id, _ = _finding(session, row, bundle)
-        if result_id is None:
-            raise NotThere(viewer, str(study_id))
-        data_dir = context.settings.node.data_dir
-        paths = study_page.objects_of(session, data_dir, row, result_id)
-        audit.record(session, viewer, "result_downloaded", target=str(study_id), format="dicom")
-    kept = [path for path in paths if path.is_file()]
-    if not kept:
-        raise images.NoPicture(
-            "The objects of this result are not built yet, or not kept any more."
-        )
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for path in kept:
-            archive.write(path, path.name)
-    return _download(file.getvalue(), f"vigil-{result_id}.zip", "application/zip")
 
 
 @router.post("/study/{study_id}/{action}")
@@ -253,47 +161,6 @@ def health_page(request: Request, context: Ctx, viewer: Operator) -> Response:
     return page(request, context, name, health=found)
 
 
-def visible_study(session: Session, viewer: Viewer, study_id: uuid.UUID) -> StudyRow:
-    row = study_page.find(session, study_id)
-    if row is None:
-        raise NotThere(viewer, str(study_id))
-    return row
-
-
-def viewed(
-    context: Context,
-    session: Session,
-    viewer: Viewer,
-    action: str,
-    *,
-    target: str = "",
-    **detail: str,
-) -> None:
-    """Record a look; one that repeats within minutes, as live pages do, is one look."""
-    if context.once.is_new(viewer.user_id, action, target, *detail.values()):
-        audit.record(session, viewer, action, target=target, **detail)
-
-
-def _finding(
-    session: Session, study: StudyRow, bundle: str
-) -> tuple[uuid.UUID | None, Finding | None]:
-    """The newest result of a bundle, or of the first that has one."""
-    row = session.scalar(
-        select(ResultRow)
-        .join(
-            AnalysisRow,
-            (AnalysisRow.id == ResultRow.analysis_id)
-            & (AnalysisRow.result_no == ResultRow.result_no),
-        )
-        .where(AnalysisRow.study_id == study.id, AnalysisRow.is_shadow.is_(False))
-        .order_by(AnalysisRow.bundle != bundle, AnalysisRow.id)
-        .limit(1)
-    )
-    if row is None or (bundle and row.bundle != bundle):
-        return None, None
-    return row.id, Finding.from_json(row.finding)
-
-
 def _is_asked(session: Session, analysis_id: int, action: str) -> bool:
     return bool(
         session.scalar(
@@ -319,8 +186,3 @@ def _addresses(context: Context, viewer: Viewer, request: Request) -> dict[str, 
         for title in tenant.ae_titles
     ]
     return {"scp_host": host, "scp_port": scp.port or scp.tls_port, "titles": titles}
-
-
-def _download(data: bytes, name: str, media_type: str) -> Response:
-    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(data, media_type=media_type, headers=headers)

@@ -55,16 +55,27 @@
   const address = document.body.dataset.live;
   const live = document.getElementById("live");
   if (address && live?.hasAttribute("hx-trigger")) {
-    const source = new EventSource(address);
+    const refresh = () => htmx.trigger(live, "live");
+    let source = null;
     let timer = 0;
-    source.addEventListener("changed", () => {
-      clearTimeout(timer);
-      timer = setTimeout(() => htmx.trigger(live, "live"), 150);
-    });
-    source.addEventListener("gone", () => {
-      source.close();
-      location.reload();
-    });
+    const listen = () => {
+      source = new EventSource(address);
+      source.addEventListener("changed", () => {
+        clearTimeout(timer);
+        timer = setTimeout(refresh, 150);
+      });
+      source.addEventListener("gone", () => {
+        source.close();
+        location.reload();
+      });
+      source.addEventListener("error", () => {
+        if (source.readyState !== EventSource.CLOSED) return; // it tries again by itself
+        // Refused: asking for the page itself leads to the login where that is why.
+        setTimeout(refresh, 1000);
+        setTimeout(listen, 15000);
+      });
+    };
+    listen();
     addEventListener("pagehide", () => source.close());
   }
 

@@ -44,7 +44,7 @@
         cursor: { drag: { x: false, y: false }, points: { show: false } },
         series: [
           { label: "Day", value: (_, at) => (at == null ? "–" : new Date(at * 1e3).toISOString().slice(0, 10)) },
-          one("Received", "--line", wide),
+          one("Received", "--bar", wide),
           one("Analysed", "--calm", slim),
           one("Positive", "--stat", slim),
         ],

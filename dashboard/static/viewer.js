@@ -22,6 +22,7 @@
 
   // Pictures live in this page's memory alone: nothing of a patient is left in the browser's cache.
   const pictures = new Map();
+  const missed = new Set(); // tried again when looked at, never by reading ahead
   let loading = 0;
   const picture = (url) => {
     if (!pictures.has(url)) {
@@ -30,11 +31,11 @@
         .then(async (answer) => {
           if (answer.ok) return { url: URL.createObjectURL(await answer.blob()) };
           const isText = answer.headers.get("content-type")?.startsWith("text/plain");
-          if (answer.status >= 500) pictures.delete(url);
+          if (answer.status >= 500) missed.add(url);
           return { words: isText ? await answer.text() : "This image cannot be shown." };
         })
         .catch(() => {
-          pictures.delete(url);
+          missed.add(url);
           return { words: "No connection." };
         })
         .finally(() => {
@@ -78,6 +79,8 @@
       words.textContent = "Loading…";
       words.hidden = false;
     }, 120);
+    for (const url of missed) pictures.delete(url);
+    missed.clear();
     const [found, heat] = await Promise.all([
       picture(sliceUrl(i)),
       hasCam ? picture(camUrl(k)) : null,

@@ -1,6 +1,7 @@
 """A small hospital in rows and files: studies in every state, for the dashboard's tests."""
 
 import datetime as dt
+import functools
 import io
 import uuid
 from collections.abc import Sequence
@@ -66,11 +67,10 @@ OUTPUT = OutputSpec(
     key_series="AI ICH key images",
     map_series="AI ICH Grad-CAM map",
     attention_words="AI attention map - not a lesion outline",
-    disclaimer="Research use only. Not for primary diagnosis. A negative result does not exclude a bleed.",
+    disclaimer="Research use only. Not for primary diagnosis. A negative excludes nothing.",
     conclusion_present="Findings suspicious for intracranial hemorrhage.",
     conclusion_absent="No finding above the decision threshold.",
 )
-_VALIDATED = (("any", "Any hemorrhage", "1386000", "Intracranial hemorrhage", 0.35),)
 _MODEL = ModelIdentity(
     bundle="ich",
     version="1.0.0",
@@ -92,9 +92,7 @@ def settings_for(base: Settings, **dashboard: object) -> Settings:
     )
 
 
-def finding(
-    images: Sequence[ImageRef], probability: float, *, is_partial: bool = False
-) -> Finding:
+def finding(images: Sequence[ImageRef], probability: float, *, is_partial: bool = False) -> Finding:
     """A result over `images` whose strongest slice is the middle one."""
     n = len(images)
     middle = n // 2
@@ -104,6 +102,7 @@ def finding(
     shown = CalibratedProbability(
         value=probability, prevalence=0.08, reference=probability, lower_clip=0.02, upper_clip=0.97
     )
+    part = CalibratedProbability(probability * 0.4, 0.08, probability * 0.4, 0.02, 0.97)
     labels = [
         LabelResult(
             "any", "Any hemorrhage", Code("1386000", "SCT", "Intracranial hemorrhage"),
@@ -112,7 +111,7 @@ def finding(
         LabelResult(
             "epidural", "Epidural", Code("82999001", "SCT", "Epidural intracranial hemorrhage"),
             LabelStatus.VALIDATED, RawScore(peak - 1.5),
-            CalibratedProbability(probability * 0.4, 0.08, probability * 0.4, 0.02, 0.97), 0.4, middle,
+            part, 0.4, middle,
         ),
         LabelResult(
             "subdural", "Subdural", Code("35486000", "SCT", "Subdural intracranial hemorrhage"),
@@ -134,7 +133,11 @@ def finding(
         labels=tuple(labels),
         image_logits={"any": logits},
         key_images=tuple(keys) if is_positive else (),
-        urgency=Urgency.STAT if probability > 0.8 else Urgency.URGENT if is_positive else Urgency.ROUTINE,
+        urgency=Urgency.STAT
+        if probability > 0.8
+        else Urgency.URGENT
+        if is_positive
+        else Urgency.ROUTINE,
         output=OUTPUT,
         is_partial=is_partial,
         notes=("A hole of 10 mm between slices 7 and 9.",) if is_partial else (),
@@ -240,9 +243,15 @@ def _images(session: Session, data_dir: Path, row: StudyRow, case: Case) -> list
     return refs
 
 
+@functools.cache
 def pixels(slices: int, matrix: int, salt: str) -> list[Dataset]:
     phantom = Phantom(
-        kind=Kind.LESION, slices=slices, matrix=matrix, localiser=False, step_mm=150 / slices, salt=salt
+        kind=Kind.LESION,
+        slices=slices,
+        matrix=matrix,
+        localiser=False,
+        step_mm=150 / slices,
+        salt=salt,
     )
     return study(phantom)
 
