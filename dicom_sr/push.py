@@ -15,8 +15,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
+from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from dicom_sr.plan import REPORT
+from dicom_sr.requestor import sole_reader
 
 MAX_PDU = 128 * 1024  # bytes
 
@@ -106,10 +108,14 @@ def push(peer: Peer, parcels: Sequence[Parcel]) -> Delivery:
     sent, and the others are not.
     """
     contexts = proposed(parcels)
-    with _association(peer, contexts) as association:
-        if not association.is_established:
-            return _not_established(association, parcels)
-        return _send_all(association, parcels)
+    entity = _Entity(peer.calling_ae)
+    with _association(entity, peer, contexts) as association:
+        if association.is_established:
+            with sole_reader(association):
+                return _send_all(association, parcels)
+        if not entity.was_connected:
+            return Delivery({}, "no_connection")
+        return _not_established(association, parcels)
 
 
 def proposed(parcels: Sequence[Parcel]) -> list[PresentationContext]:
@@ -130,8 +136,9 @@ def proposed(parcels: Sequence[Parcel]) -> list[PresentationContext]:
 
 
 @contextmanager
-def _association(peer: Peer, contexts: list[PresentationContext]) -> Iterator[Association]:
-    entity = AE(ae_title=peer.calling_ae)
+def _association(
+    entity: "_Entity", peer: Peer, contexts: list[PresentationContext]
+) -> Iterator[Association]:
     entity.connection_timeout = peer.connect_timeout_s
     entity.acse_timeout = peer.acse_timeout_s
     entity.dimse_timeout = peer.dimse_timeout_s
@@ -143,25 +150,50 @@ def _association(peer: Peer, contexts: list[PresentationContext]) -> Iterator[As
         ae_title=peer.ae_title,
         max_pdu=MAX_PDU,
         tls_args=(peer.tls, peer.host) if peer.tls else None,
-        evt_handlers=[(evt.EVT_CONN_OPEN, _send_at_once)],
+        evt_handlers=[(evt.EVT_CONN_OPEN, entity.on_open)],
     )
     try:
         yield association
     finally:
-        if association.is_established:
-            association.release()
         if association.is_established:  # the peer did not answer the release
             association.abort()
         if association.is_alive():
             association.join(timeout=peer.acse_timeout_s)
+        entity.close_sockets()
 
 
-def _send_at_once(event: evt.Event) -> None:
-    # Without it Nagle and delayed acknowledgements add 40 ms to every object.
-    transport = event.assoc.dul.socket
-    if transport is not None and transport.socket is not None:
-        with suppress(OSError):
-            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+class _Entity(AE):
+    """Keeps hold of its sockets, which pynetdicom leaves open where the peer hung up first or never
+    answered: retries over a long weekend would use up the file descriptors."""
+
+    def __init__(self, ae_title: str) -> None:
+        super().__init__(ae_title)
+        self._sockets: list[socket.socket] = []
+        self.was_connected = False
+
+    def _create_socket(
+        self,
+        assoc: Association,
+        address: AddressInformation,
+        tls_args: tuple[ssl.SSLContext, str] | None,
+    ) -> AssociationSocket:
+        made = super()._create_socket(assoc, address, tls_args)
+        if made.socket is not None:
+            # Without it Nagle and delayed acknowledgements add 40 ms to every object.
+            made.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sockets.append(made.socket)
+        return made
+
+    def on_open(self, event: evt.Event) -> None:
+        self.was_connected = True
+        transport = event.assoc.dul.socket
+        if transport is not None and transport.socket is not None:
+            self._sockets.append(transport.socket)  # another one where TLS wraps it
+
+    def close_sockets(self) -> None:
+        for made in self._sockets:
+            with suppress(OSError):
+                made.close()
 
 
 def _not_established(association: Association, parcels: Sequence[Parcel]) -> Delivery:
@@ -170,9 +202,7 @@ def _not_established(association: Association, parcels: Sequence[Parcel]) -> Del
     # Accepted, but none of its contexts: pynetdicom aborts such an association by itself.
     if association.rejected_contexts and not association.accepted_contexts:
         return Delivery({parcel.sop_instance_uid: CONTEXT_REFUSED for parcel in parcels})
-    if association.is_aborted:
-        return Delivery({}, "association_aborted")
-    return Delivery({}, "no_connection")
+    return Delivery({}, "association_aborted")
 
 
 def _send_all(association: Association, parcels: Sequence[Parcel]) -> Delivery:

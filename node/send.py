@@ -16,6 +16,8 @@ from pydicom.filereader import read_file_meta_info
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 
+from dicom_sr.requestor import sole_reader
+
 # The bytes of the file go out as they are; nothing is decoded or converted on the way.
 _config.STORE_SEND_CHUNKED_DATASET = True
 _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
@@ -158,16 +160,13 @@ def _over_one_association(
         ae.add_requested_context(sop_class, syntax)
     association = _associate(ae, peer)
     reason = "" if association.is_established else _why_not(association)
-    try:
+    with sole_reader(association):
         for file in files:
             if association.is_established:
                 yield _store(association, file)
                 continue
             reason = reason or "the connection broke"
             yield Sent(file.name, Outcome.NOT_SENT, None, reason, file.sop_instance_uid)
-    finally:
-        if association.is_established:
-            association.release()
 
 
 def _store(association: Association, file: DicomFile) -> Sent:
