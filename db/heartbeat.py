@@ -26,7 +26,7 @@ def process_name(stage: str) -> str:
 
 
 class Heartbeat:
-    """A thread that writes this process's row until it is closed; a database that is away is no end."""
+    """A thread that writes this process's row; a database that is away does not end it."""
 
     def __init__(
         self, engine: Engine, stage: str, detail: Callable[[], dict[str, Any]] = dict

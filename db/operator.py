@@ -4,7 +4,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from db import studies
-from db.errors import IllegalMove, NodeError
+from db.errors import IllegalMove, NodeError, PermanentError
 from db.outbox import DeliveryState
 from db.study import AnalysisEvent, AnalysisState
 from db.tables import AuditRow, DeliveryRow, DestinationRow, RequestRow, ResultRow
@@ -78,12 +78,26 @@ def carry_out_requests(session: Session) -> int:
         act = rerun if request.action == "rerun" else resend
         try:
             with session.begin_nested():
+                _check_owner(session, request)
                 act(session, request.analysis_id, actor=request.user_name)
             request.outcome = "done"
         except NodeError as error:
             request.outcome = error.code
         request.done_at = func.now()
     return len(requests)
+
+
+class NotYours(PermanentError):
+    """A request names another tenant's analysis."""
+
+    code = "not_yours"
+
+
+def _check_owner(session: Session, request: RequestRow) -> None:
+    """A page's role may write what it likes into a request of its own tenant: compare."""
+    analysis = studies.load(session, request.analysis_id)
+    if (analysis.tenant, analysis.origin) != (request.tenant, request.origin):
+        raise NotYours("the request's tenant is not the analysis'")
 
 
 def _audit(session: Session, analysis: studies.Analysis, action: str, actor: str) -> None:

@@ -15,7 +15,8 @@ BY_ORIGIN = (
 #: Tables whose rows belong to a tenant as a whole: nothing for uploaders.
 BY_TENANT = ("returned", "destinations", "senders")
 
-_SET = "current_setting('vigil.{}', true)"
+# A subselect is evaluated once a statement, not once a row.
+_SET = "(SELECT current_setting('vigil.{}', true))"
 _ROLE, _TENANT, _USER = (_SET.format(name) for name in ("role", "tenant", "user"))
 
 _STAFF = f"({_ROLE} = 'admin' OR ({_ROLE} IN ('manager', 'reader') AND tenant = {_TENANT}))"

@@ -13,7 +13,7 @@ from db.errors import IllegalMove, PermanentError, StaleAnalysis, TransientError
 from db.job import MAX_ATTEMPTS, JobKind, JobState
 from db.outbox import DeliveryState
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, ResultRow, StudyRow
+from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, RequestRow, ResultRow, StudyRow
 
 TENANT = Tenant(id="north", ae_titles=("NORTH_AI",), models=("one", "two"))
 PACS = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=104)
@@ -326,3 +326,19 @@ def test_at_most_one_job_of_a_kind_waits_for_an_analysis(engine):
     with Session(engine) as session:
         waiting = session.scalars(select(JobRow).where(JobRow.state == JobState.TODO)).all()
     assert len(waiting) == 1
+
+
+def test_a_request_for_another_tenants_analysis_is_refused(engine):
+    analysis_id = built(engine)
+    with Session(engine) as session, session.begin():
+        outbox.settle(session, analysis_id)
+        ask = {"origin": "dicom", "analysis_id": analysis_id, "action": "rerun", "user_name": "u"}
+        session.add(RequestRow(tenant="south", **ask))
+        session.add(RequestRow(tenant="north", **ask))
+
+    with Session(engine) as session, session.begin():
+        assert operator.carry_out_requests(session) == 2
+
+    with Session(engine) as session:
+        outcomes = dict(session.execute(select(RequestRow.tenant, RequestRow.outcome)).all())
+    assert outcomes == {"south": "not_yours", "north": "done"}
