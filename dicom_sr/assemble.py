@@ -51,6 +51,9 @@ class Assembler:
         self._inputs = Inputs(self._data_dir, sandbox, settings.inference.max_pixels)
         self._version = version
 
+    def warm(self) -> None:
+        self._inputs.warm()
+
     def subject(self, session: Session, result_id: uuid.UUID) -> Subject:
         row, study = session.execute(
             select(ResultRow, StudyRow)
@@ -149,9 +152,7 @@ class Assembler:
                     select(ObjectRow.sop_instance_uid, ObjectRow.sha256).where(
                         ObjectRow.result_id == subject.result_id, ObjectRow.variant == key
                     )
-                )
-                .tuples()
-                .all()
+                ).all()
             )
         for one in built:
             if known.get(one.sop_instance_uid, _sha256(one)) != _sha256(one):
@@ -169,7 +170,7 @@ def accepted_report(session: Session, subject: Subject, destination: str) -> Rep
             DeliveryRow.destination == destination,
         )
         .order_by(ResultRow.result_no.desc())
-    ).tuples()
+    )
     for result, delivery in rows:
         had = [uid for uid, code in delivery.statuses.items() if is_delivered(code)]
         report = session.scalar(

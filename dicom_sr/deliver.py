@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
 from config.settings import Settings
+from db.process import Stop
 from db.sandbox import Sandbox
 from dicom_sr.assemble import Assembler
 from dicom_sr.building import Builder
@@ -29,7 +30,7 @@ class Deliverer:
     def __init__(
         self, engine: Engine, settings: Settings, sandbox: Sandbox, *, worker: str, version: str
     ) -> None:
-        assembler = Assembler(engine, settings, sandbox, version)
+        self._assembler = assembler = Assembler(engine, settings, sandbox, version)
         self._builder = Builder(engine, settings, assembler, worker)
         self._senders = {
             f"send-{tenant.id}-{destination.name}": Sender(
@@ -39,8 +40,9 @@ class Deliverer:
             for destination in tenant.destinations
         }
         self._wake = threading.Condition()
+        self._n_wakes = 0
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: Stop) -> None:
         """Build and send until told to stop; what is under way is finished first."""
         threads = [
             threading.Thread(target=self._send, args=(sender, stop), name=name)
@@ -48,6 +50,7 @@ class Deliverer:
         ]
         for thread in threads:
             thread.start()
+        attempt(self._warm, stop)
         while not stop.is_set():
             if attempt(self._builder.build_once, stop):
                 self._wake_senders()
@@ -65,19 +68,26 @@ class Deliverer:
             while sender.send_once():
                 pass
 
-    def _send(self, sender: Sender, stop: threading.Event) -> None:
+    def _warm(self) -> bool:
+        self._assembler.warm()
+        return True
+
+    def _send(self, sender: Sender, stop: Stop) -> None:
         while not stop.is_set():
+            seen = self._n_wakes
             if not attempt(sender.send_once, stop):
                 with self._wake:
-                    if not stop.is_set():
+                    # Woken between looking and waiting: look again.
+                    if seen == self._n_wakes and not stop.is_set():
                         self._wake.wait(SEND_POLL_S)
 
     def _wake_senders(self) -> None:
         with self._wake:
+            self._n_wakes += 1
             self._wake.notify_all()
 
 
-def attempt(work: Callable[[], bool], stop: threading.Event) -> bool:
+def attempt(work: Callable[[], bool], stop: Stop) -> bool:
     """One round of a worker loop: whatever fails is recorded, and the loop goes on."""
     try:
         return work()

@@ -3,6 +3,7 @@
 import io
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,12 +13,13 @@ import numpy as np
 import structlog
 from pydicom import Dataset
 
-from db.errors import ChildDied, PermanentError
+from db.errors import ChildDied, NodeError, PermanentError
 from db.files import result_folder, storage_errors, store_path
 from db.pixels import read_images
 from db.result import Finding, ImageRef
 from db.sandbox import Answer, Sandbox
 from dicom_sr.build import Floats
+from dicom_sr.evidence import unfit
 from dicom_sr.plan import needed_images
 from dicom_sr.source import parsed, read_header
 
@@ -75,6 +77,12 @@ class Inputs:
         self._sandbox = sandbox
         self._max_pixels = max_pixels
 
+    def warm(self) -> None:
+        """Have a child load what it needs, before the first study waits for it."""
+        for function, args in ((read_header, (None,)), (read_images, ([0],))):
+            with suppress(NodeError):  # there is no such file, and that is all it says
+                self._sandbox.run(function, "/nonexistent", *args, timeout_s=READ_TIMEOUT_S)
+
     def headers(self, subject: Subject) -> Mapping[int, Dataset]:
         images = subject.finding.images
         return {i: self._header(subject, images[i]) for i in needed_images(subject.finding)}
@@ -85,6 +93,8 @@ class Inputs:
             lambda: self._sandbox.run(read_header, str(path), image.frame, timeout_s=READ_TIMEOUT_S)
         )
         header = parsed(blob)
+        if left_out := unfit(header):
+            log.warning("source_values_left_out", value=" ".join(left_out))
         found = (str(header.get("SOPInstanceUID", "")), str(header.get("StudyInstanceUID", "")))
         if found != (image.sop_instance_uid, subject.study_instance_uid):
             raise WrongSource("a stored instance does not name the analysed image and study")

@@ -79,6 +79,11 @@ class Pacs:
         """What a PACS that files by SOP Instance UID would hold."""
         return {str(built.SOPInstanceUID) for built in self.received}
 
+    def let_go(self) -> None:
+        """Answer what it stalls on, and stall no more."""
+        self.stalls = False
+        self._gone.set()
+
     def go_down(self) -> None:
         self._entity.shutdown()
 

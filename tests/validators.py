@@ -35,10 +35,15 @@ SOURCE_WHITELIST = re.compile(
 )
 
 
-def need(tool: str) -> str:
-    """The path of a tool; skips where it is missing, or fails where peers are required."""
-    beside = Path(sys.executable).parent / tool
-    found = str(beside) if beside.is_file() else shutil.which(tool)
+def need(tool: str, *, is_wheel: bool = False) -> str:
+    """The path of a tool; skips where it is missing, or fails where peers are required.
+
+    Only what comes as a wheel is taken from our own environment: pynetdicom puts a `storescp`
+    there, and that is no stranger.
+    """
+    own = Path(sys.executable).parent
+    others = [folder for folder in os.get_exec_path() if Path(folder) != own]
+    found = shutil.which(tool, path=str(own) if is_wheel else os.pathsep.join(others))
     if found is None:
         _missing(f"{tool} is not installed")
     return str(found)
@@ -52,7 +57,9 @@ def _missing(reason: str) -> None:
 
 def dciodvfy(path: Path, *, iod: str) -> list[str]:
     """Lines that must not be there; the absence of the IOD's name is one of them."""
-    run = subprocess.run([need("dciodvfy"), str(path)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [need("dciodvfy", is_wheel=True), str(path)], capture_output=True, text=True, timeout=60
+    )
     lines = (run.stdout + run.stderr).splitlines()
     allowed = (DCIODVFY_WHITELIST, SOURCE_WHITELIST)
     found = [

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import structlog
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
@@ -50,7 +51,8 @@ def vigil(monkeypatch, capsys):
         said = capsys.readouterr()
         return ended.value.code or 0, said.out, said.err
 
-    return run
+    yield run
+    structlog.reset_defaults()
 
 
 @pytest.fixture

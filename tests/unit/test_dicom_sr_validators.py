@@ -49,10 +49,11 @@ def objects(tmp_path_factory) -> dict[str, Path]:
         StudyTime=None, StudyDate=None, ReferringPhysicianName=None,
     )  # fmt: skip
     over_gaps = make_finding(gappy)
+    negative = make_finding(headers, positive=False, keys=KEYS)
     every_class = Variant(sr_classes=tuple(SR_CLASSES.values()))
     built = {
         "positive": (finding, headers, pixels, CONTEXT, every_class),
-        "negative": (make_finding(headers, positive=False, keys=KEYS), headers, {}, CONTEXT, Variant()),
+        "negative": (negative, headers, {}, CONTEXT, Variant()),
         "revision": (
             second, headers, pixels, replace(CONTEXT, result_no=2),
             Variant(predecessors=(old,), is_rle=True, anchors_groups=False),

@@ -88,7 +88,7 @@ def test_the_card_shows_the_measured_figures(bundle):
 
 
 @needs_data
-def test_boxes_lie_on_slices_that_bleed():
+def test_boxes_lie_on_slices_that_bleed_but_for_the_known_one():
     cohort, boxes = read_cohort(DATA / "ct-ich"), read_boxes(DATA / "ct-ich")
     bleeding = {
         (int(p), int(s))
@@ -99,7 +99,7 @@ def test_boxes_lie_on_slices_that_bleed():
     }
 
     assert len(boxes) == 257
-    assert boxes.keys() <= bleeding
+    assert boxes.keys() - bleeding == {(86, 17)}
 
 
 @needs_data
