@@ -81,6 +81,18 @@ class Destination(_Part):
     content_qualification: Literal["RESEARCH", "PRODUCT"] = "RESEARCH"
     k: int | None = Field(default=None, ge=1, le=10)  # overlays at most; default: the bundle's
 
+    @model_validator(mode="after")
+    def _is_built(self) -> Self:
+        # A key that does nothing would be believed.
+        asked = {
+            "commitment": self.commitment,
+            "send.pm": self.send.pm,
+            "send.mfsc": self.send.mfsc,
+        }
+        if missing := [name for name, wanted in asked.items() if wanted]:
+            raise ValueError(f"not in this version: {', '.join(missing)}")
+        return self
+
 
 class Tenant(_Part):
     """One hospital: its AE titles, who may send, where results go, what looks at its studies."""
@@ -90,7 +102,7 @@ class Tenant(_Part):
     quiet_period_s: float = Field(default=20.0, gt=0)  # silence that makes a whole series ready
     max_wait_s: float = Field(default=600.0, gt=0)  # then what is there is analysed, as PARTIAL
     max_study_age_days: int = Field(default=0, ge=0)  # 0: no limit
-    retention_days: int = Field(default=30, ge=0)  # originals; 0: kept for good
+    retention_days: int = Field(default=30, ge=0)  # originals; not enforced yet: all are kept
     lane: LaneName = "urgent"
     weight: int = Field(default=1, ge=1, le=100)  # share of the machine beside other tenants
     models: tuple[str, ...] = ("ich",)

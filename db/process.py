@@ -30,13 +30,15 @@ class Stop(Protocol):
 
 
 class StopSignal:
-    """Set by SIGTERM or SIGINT. No threading.Event: its lock may be its own handler's thread's."""
+    """Set by SIGTERM, SIGINT or SIGHUP. No threading.Event: a handler might wait for its lock."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._is_set = False
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)
+        # Reloading is starting anew, with nothing lost: whoever watches starts it again.
+        signal.signal(signal.SIGHUP, self._ask)
 
     def _ask(self, _: int, __: FrameType | None) -> None:
         self.set()

@@ -24,8 +24,6 @@ def main(config: Path | None = None) -> int:
     """Run until SIGTERM. Returns 0, or 2 when the configuration cannot be used."""
     try:
         settings = load(config)
-        if settings.inference.engine != "local":
-            raise SettingsError("inference.engine: only local is built into this version")
         device = pick_device(settings.inference.device)
     except (SettingsError, PermanentError) as error:
         sys.stderr.write(f"{error}\n")
