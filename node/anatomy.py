@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 Field = NDArray[np.float32]
+_Mask = NDArray[np.bool_]
+_Place = tuple[Field, Field, Field]  # sparse coordinates x, y, z in mm; broadcast to (z, y, x)
 
 AIR_HU = -1000.0
 WHITE_HU, GREY_HU, CSF_HU = 29.0, 37.0, 8.0
 BONE_HU, DIPLOE_HU = 1150.0, 750.0
 FAT_HU, MUSCLE_HU, SKIN_HU = -85.0, 52.0, 35.0
-LESION_HU, OEDEMA_HU = 68.0, 20.0
+LESION_HU = 68.0
 CONTRAST_HU = 260.0
 
 
@@ -34,6 +36,16 @@ class Body:
         low = self.lowest
         where = np.stack([z - low[0], y - low[1], x - low[2]])
         hu: Field = map_coordinates(self.hu, where, order=1, cval=AIR_HU)
+        return hu
+
+    def level(self, x: Field, y: Field, heights_mm: Field) -> Field:
+        """As the mean of `sample` over planes across the z axis, in a third of the time."""
+        steps = np.clip(heights_mm - self.lowest[0], 0, len(self.hu) - 1.001)
+        low = steps.astype(int)
+        weight = (steps - low).astype(np.float32)[:, None, None]
+        planes = self.hu[low] * (1 - weight) + self.hu[low + 1] * weight
+        where = np.stack([y - self.lowest[1], x - self.lowest[2]])
+        hu: Field = map_coordinates(planes.mean(axis=0), where, order=1, cval=AIR_HU)
         return hu
 
 
@@ -83,7 +95,7 @@ _INSIDE: tuple[_Solid, ...] = (
 
 @lru_cache(maxsize=4)
 def head(seed: int, *, lesion: bool = False, contrast: bool = False) -> Body:
-    """A head from the jaw to the crown; with `lesion`, two dense collections of known place."""
+    """A head from the jaw to the crown; with `lesion`, a large dense one of known place."""
     random = np.random.default_rng(seed)
     z, y, x = _grid((-96, 92), (-108, 112), (-92, 92))
     depth = _depth(x, y, z)
@@ -123,7 +135,7 @@ def chest(seed: int) -> Body:
     return Body(_blur(hu, 0.6), (-60.0, -125.0, -185.0))
 
 
-def _grid(*spans: tuple[int, int]) -> tuple[Field, Field, Field]:
+def _grid(*spans: tuple[int, int]) -> _Place:
     axes = [np.arange(low, high, dtype=np.float32) for low, high in spans]
     z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
     return z, y, x
@@ -137,9 +149,19 @@ def _texture(random: Any, z: Field, y: Field, x: Field, scale_mm: float) -> Fiel
     # Longer upwards: slices of 5 mm would average round grains away.
     noise = gaussian_filter(random.standard_normal(shape), (2 * sigma, sigma, sigma))
     noise /= noise.std()
-    steps = [(axis - axis.min()) / coarse for axis in (z, y, x)]
-    where = np.broadcast_arrays(*steps)
-    return np.asarray(map_coordinates(noise, np.stack(where), order=1), dtype=np.float32)
+    grains: Field = noise.astype(np.float32)
+    for axis, coordinates in enumerate((z, y, x)):
+        grains = _stretch(grains, coordinates.size, coarse, axis)
+    return grains
+
+
+def _stretch(values: Field, size: int, step: float, axis: int) -> Field:
+    """Linear interpolation along one axis at 0, 1 / step, 2 / step, ... of the old samples."""
+    at = np.arange(size, dtype=np.float32) / step
+    low = at.astype(int)
+    weight = (at - low).reshape([-1 if i == axis else 1 for i in range(3)])
+    near, far = values.take(low, axis), values.take(low + 1, axis)
+    return np.asarray(near + (far - near) * weight, dtype=np.float32)
 
 
 def _depth(x: Field, y: Field, z: Field) -> Field:
@@ -161,8 +183,8 @@ def _shells(hu: Field, depth: Field, patches: Field) -> None:
 
 
 def _brain(
-    hu: Field, inside: NDArray[np.bool_], depth: Field, folds: Field, patches: Field,
-    place: tuple[Field, Field, Field],
+    hu: Field, inside: _Mask, depth: Field, folds: Field, patches: Field,
+    place: _Place,
 ) -> None:  # fmt: skip
     x, y, z = place
     # Sulci are the zero surfaces of a smooth field, deepest at the crown; cortex lines them.
@@ -187,7 +209,7 @@ def _brain(
     hu[inside & (midline < 3.5) & (depth > -5) & (y > 20) & (z > -15)] = 50.0  # sagittal sinus
 
 
-def _base(hu: Field, depth: Field, fine: Field, place: tuple[Field, Field, Field]) -> None:
+def _base(hu: Field, depth: Field, fine: Field, place: _Place) -> None:
     """The skull base slopes from the brow to the ear; in front of it and below is the face."""
     _, y, z = place
     floor = np.where(y < 6, -26 - (y + 85) * 0.3, -66.0)
@@ -211,22 +233,30 @@ def _base(hu: Field, depth: Field, fine: Field, place: tuple[Field, Field, Field
     hu[_ellipsoid(place, (0, 36, -80), (8, 8, 26))] = 33.0  # cord
 
 
-def _lesion(
-    hu: Field, inside: NDArray[np.bool_], depth: Field, patches: Field,
-    place: tuple[Field, Field, Field],
-) -> None:  # fmt: skip
-    """One dense mass deep in the left half with a dark rim, and a lens under the right skull."""
+def _lesion(hu: Field, inside: _Mask, depth: Field, patches: Field, place: _Place) -> None:
+    """A blow to the right: a dense lens under the skull, a crack, dense sulci, a swollen scalp.
+
+    The scalp belongs to it as in life: patients with such a lens have been hit.
+    """
     x, y, z = place
-    rough = 1 + 0.10 * patches
-    mass = _distance(place, (30, 6, 20), (19, 26, 22)) * rough
-    hu[inside & (mass < 1.3)] = OEDEMA_HU
-    hu[inside & (mass < 1)] = (LESION_HU + 3 * patches)[inside & (mass < 1)]
-    along = ((y + 5) / 46) ** 2 + ((z - 28) / 36) ** 2
-    lens = inside & (x < 0) & (depth > -19 * (1 - along))
-    hu[lens] = (LESION_HU - 3 + 3 * patches)[lens]
+    right = x < 0
+    along = ((y + 5) / 60) ** 2 + ((z - 28) / 45) ** 2  # 0 in the middle of the lens, 1 at its rim
+    spaces = inside & (hu < CSF_HU + 8) & (z > -30) & (depth > -40)
+    hu[spaces] = LESION_HU - 10
+    lens = inside & right & (depth > -30 * (1 - along))
+    hu[lens] = (LESION_HU - 4 + 5 * patches)[lens]
+    skull = 6.5 + 0.8 * patches
+    crack = (
+        right & (np.abs(z - 0.3 * y - 25) < 1.2) & (depth > -0.5) & (depth < skull) & (along < 1)
+    )
+    hu[crack] = MUSCLE_HU - 12
+    surface = skull + 6 + 14 * np.clip(1 - along / 2, 0, 1) * np.clip(-x / 25, 0, 1)
+    swollen = right & (depth > skull) & (depth < surface - 1.5) & (surface > skull + 7)
+    hu[swollen] = (MUSCLE_HU + 6 * patches)[swollen]
+    hu[right & (depth >= surface - 1.5) & (depth < surface)] = SKIN_HU
 
 
-def _vessels(hu: Field, depth: Field, place: tuple[Field, Field, Field]) -> None:
+def _vessels(hu: Field, depth: Field, place: _Place) -> None:
     x, y, z = place
     bright = (np.abs(x) < 4) & (depth > -6) & (depth < 0) & (y > 0) & (z > -15)
     for side in (-1, 1):
@@ -237,29 +267,31 @@ def _vessels(hu: Field, depth: Field, place: tuple[Field, Field, Field]) -> None
     hu[bright & (depth < 0)] = CONTRAST_HU
 
 
-def _distance(
-    place: tuple[Field, Field, Field], centre: tuple[float, ...], axes: tuple[float, ...]
-) -> Field:
+def _distance(place: _Place, centre: tuple[float, ...], axes: tuple[float, ...]) -> Field:
     """1 on the ellipsoid's surface, less inside."""
     parts = [((p - c) / a) ** 2 for p, c, a in zip(place, centre, axes, strict=True)]
     return np.asarray(np.sqrt(sum(parts)), dtype=np.float32)
 
 
-def _ellipsoid(
-    place: tuple[Field, Field, Field], centre: tuple[float, ...], axes: tuple[float, ...]
-) -> NDArray[np.bool_]:
+def _ellipsoid(place: _Place, centre: tuple[float, ...], axes: tuple[float, ...]) -> _Mask:
     return _distance(place, centre, axes) < 1
 
 
-def _paint(
-    hu: Field,
-    within: NDArray[np.bool_],
-    solid: _Solid,
-    place: tuple[Field, Field, Field],
-    side: int,
-) -> None:
+def _paint(hu: Field, within: _Mask, solid: _Solid, place: _Place, side: int) -> None:
+    """Give an ellipsoid its value; only the box round it is looked at."""
     (cx, cy, cz), axes, value = solid
-    hu[within & _ellipsoid(place, (side * cx, cy, cz), axes)] = value
+    centre = (side * cx, cy, cz)
+    spans = [_span(p, c, a) for p, c, a in zip(place, centre, axes, strict=True)]
+    x, y, z = place
+    near = (x[:, :, spans[0]], y[:, spans[1], :], z[spans[2], :, :])
+    box = (spans[2], spans[1], spans[0])
+    hu[box][within[box] & _ellipsoid(near, centre, axes)] = value
+
+
+def _span(coordinates: Field, centre: float, half: float) -> slice:
+    first = float(coordinates.flat[0])  # they are 1 mm apart
+    low = max(int(centre - half - first) - 1, 0)
+    return slice(low, max(int(centre + half - first) + 2, low))
 
 
 def _blur(hu: Field, sigma_mm: float) -> Field:

@@ -219,6 +219,42 @@ def resend(study: StudyName, tenant: TenantOption = "", config: Config = None) -
     console().print(act(study, tenant, config))
 
 
+DataFolder = Annotated[
+    Path,
+    typer.Option("--data", metavar="DIR", exists=True, help="manifest.csv and its pictures."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same figures.")]
+
+
+@app.command(rich_help_panel=MODELS)
+def train(
+    data: DataFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle to write.")],
+    seed: Seed = 0,
+    folds: Annotated[int, typer.Option("--folds", min=2, help="Outer folds, by patient.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Train, calibrate and judge a bundle from labelled slices; a stopped run resumes."""
+    from node.learning import train as run
+
+    raise typer.Exit(run(data, out, seed=seed, folds=folds, as_json=as_json))
+
+
+@app.command(rich_help_panel=MODELS)
+def evaluate(
+    data: DataFolder,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="A bundle, by name or folder.")
+    ] = "ich",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a bundle as it stands on disk, with 95 % intervals over patients."""
+    from node.learning import evaluate as run
+
+    raise typer.Exit(run(model, data, seed=seed, as_json=as_json))
+
+
 @app.command(rich_help_panel=ADMIN)
 def doctor(as_json: AsJson = False, config: Config = None) -> None:
     """Check all that has to work: database, disk, model, peers, certificates, clock."""

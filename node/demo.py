@@ -50,6 +50,9 @@ class Archive(Protocol):
     def strays(self, *, called_ae: str, study_instance_uid: str) -> int:
         """Objects of this study that went to another hospital's archive."""
 
+    def last_at(self, *, study_instance_uid: str) -> float | None:
+        """When the newest object of a study came, on the monotonic clock, if that is known."""
+
     def close(self) -> None: ...
 
 
@@ -168,14 +171,15 @@ def _look(session: Session, visit: Visit, archive: Archive) -> None:
         called_ae=visit.pacs, study_instance_uid=visit.study_instance_uid
     )
     if visit.outcome:
-        visit.settled_after_s = time.monotonic() - visit.acknowledged_at
+        came = archive.last_at(study_instance_uid=visit.study_instance_uid)
+        visit.settled_after_s = (came or time.monotonic()) - visit.acknowledged_at
 
 
 def _numbers(finding: Finding) -> dict[str, Any]:
     primary = finding.primary
     shown = percent(primary.probability) if primary.probability else ""
     return {
-        "ai": f"{study_words(finding.labels)} {shown}".strip(),
+        "ai": f"{primary.words}: {study_words(finding.labels)} {shown}".strip(),
         "is_positive": finding.is_positive,
         "urgency": str(finding.urgency),
         "is_partial": finding.is_partial,

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -25,7 +26,7 @@ WORDS = {
     "NOT_ANALYSED": "not analysed",
     "FAILED": "failed",
 }
-KINDS = {"SR": "report", "summary": "summary", "overlay": "overlay", "KO": "key images"}
+KINDS = {"SR": "report", "summary": "summary", "overlay": "overlay", "KO": "key image note"}
 
 
 class View:
@@ -70,10 +71,20 @@ class View:
         """A live table of the studies; call what is yielded after each change."""
         self._console.print("[green]✓[/] The scanners send their studies by C-STORE:")
         if not self._is_animated:
-            yield lambda: None
+            settled: set[int] = set()
+            yield lambda: self._tell(visits, settled)
             return
         with Live(_progress(visits), console=self._console, transient=True) as live:
             yield lambda: live.update(_progress(visits))
+
+    def _tell(self, visits: Sequence[Visit], settled: set[int]) -> None:
+        """One line for each study that has just reached its outcome: a pipe cannot be redrawn."""
+        for number, visit in enumerate(visits):
+            if visit.outcome and number not in settled:
+                settled.add(number)
+                self._console.print(
+                    f"  {visit.tenant} {visit.patient}: {WORDS[visit.facts['state']]}"
+                )
 
     def summary(self, visits: Sequence[Visit], document: dict[str, Any]) -> None:
         self._console.print(Group(_results(visits), *_remarks(visits)))
@@ -107,42 +118,46 @@ def _progress(visits: Sequence[Visit]) -> Table:
 
 
 def _results(visits: Sequence[Visit]) -> Table:
-    table = Table(title="Results", title_justify="left", header_style="bold")
-    table.add_column("hospital")
-    table.add_column("patient")
-    table.add_column("truth")
-    table.add_column("AI", ratio=1)
-    table.add_column("urgency")
-    table.add_column("in its PACS")
-    table.add_column("s", justify="right")
+    table = Table(title="Results", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("patient", no_wrap=True)
+    table.add_column("truth", no_wrap=True)
+    table.add_column("what the AI says", ratio=3)
+    table.add_column("what the PACS got", ratio=2)
+    table.add_column("s", justify="right", no_wrap=True)
     for visit in visits:
         seconds = visit.settled_after_s
-        urgency = visit.facts.get("urgency", "")
         table.add_row(
-            visit.tenant,
-            Text(visit.patient),
+            Text.assemble(visit.patient, (f"\n{visit.tenant}", "dim")),
             visit.truth,
             _answer(visit),
-            Text(urgency, style=COLOURS.get(urgency, "")),
             _objects(visit.facts.get("pacs", {})),
             f"{seconds:.1f}" if seconds is not None else "",
         )
+    table.caption = "s: seconds from the last image's receipt to the last object in the PACS"
     return table
 
 
 def _answer(visit: Visit) -> Text:
-    if visit.outcome == "result":
-        is_positive = visit.facts.get("is_positive")
-        return Text(str(visit.facts.get("ai", "")), style="bold" if is_positive else "")
+    facts = visit.facts
+    state = facts.get("state", "")
+    if "ai" in facts:
+        urgency = facts["urgency"]
+        words = Text(facts["ai"], style="bold" if facts["is_positive"] else "")
+        words.append(f"\n{urgency}", style=COLOURS.get(urgency, ""))
+        if state != "DELIVERED":
+            words.append(f", {WORDS.get(state, state)}", style="red")
+        return words
     if visit.outcome == "reason":
-        return Text(f"not analysed: {visit.facts['reason']}", style="dim")
-    state = visit.facts.get("state", "")
+        return Text(f"{WORDS[state]}: {facts['reason']}", style="dim")
     return Text(f"no outcome: {WORDS.get(state, visit.stage)}", style="red")
 
 
 def _objects(counts: dict[str, int]) -> str:
-    parts = [f"{n} {KINDS.get(kind, kind)}" for kind, n in sorted(counts.items()) if n]
-    return ", ".join(parts) or "-"
+    parts = []
+    for kind, word in KINDS.items():
+        if n := counts.get(kind, 0):
+            parts.append(word if n == 1 else f"{n} {word}s")
+    return ", ".join(parts) or "nothing"
 
 
 def _remarks(visits: Sequence[Visit]) -> list[Text]:

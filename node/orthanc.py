@@ -67,6 +67,9 @@ class OrthancPacs:
     def strays(self, *, called_ae: str, study_instance_uid: str) -> int:
         return 0  # one archive for both: nothing can stray
 
+    def last_at(self, *, study_instance_uid: str) -> None:
+        return None  # it keeps whole seconds of another clock
+
     def _find(self, study_instance_uid: str) -> list[dict[str, Any]]:
         query = {
             "Level": "Series",

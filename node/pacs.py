@@ -89,6 +89,11 @@ class Pacs:
         items = self.received(called_ae=called_ae, study_instance_uid=study_instance_uid)
         return Counter(_kind(item) for item in items)
 
+    def last_at(self, *, study_instance_uid: str) -> float | None:
+        """When the newest object of a study came, on the monotonic clock."""
+        items = self.received(study_instance_uid=study_instance_uid)
+        return max((item.at for item in items), default=None)
+
     def strays(self, *, called_ae: str, study_instance_uid: str) -> int:
         """Objects of a study that came under another title than its own hospital's."""
         items = self.received(study_instance_uid=study_instance_uid)

@@ -30,7 +30,7 @@ SUBSLICES = 3  # partial volume: each slice is the mean of this many planes
 
 class Kind(StrEnum):
     PLAIN = "plain"  # a head in which nothing stands out
-    LESION = "lesion"  # the same with two large dense collections
+    LESION = "lesion"  # the same with a large dense collection under the skull, and its marks
     CHEST = "chest"  # another body part
     CONTRAST = "contrast"  # a head with bright vessels and a contrast agent
     LOCALISER = "localiser"  # nothing but the planning view
@@ -179,12 +179,12 @@ def _pixels(phantom: Phantom, series: _Series, index: int, z: float) -> NDArray[
     v, x = np.meshgrid(line, line, indexing="ij")
     tilt = np.deg2rad(phantom.tilt_deg)
     planes = (np.arange(SUBSLICES) - (SUBSLICES - 1) / 2) * series.thickness_mm / SUBSLICES
-    # The slab's thickness is measured along its normal (0, -sin, cos).
-    parts = [
-        body.sample(x, v * np.cos(tilt) - d * np.sin(tilt), z + v * np.sin(tilt) + d * np.cos(tilt))
-        for d in planes
-    ]
-    hu = np.mean(parts, axis=0)
+    if tilt:  # the slab's thickness is measured along its normal (0, -sin, cos)
+        sin, cos = np.sin(tilt), np.cos(tilt)
+        parts = [body.sample(x, v * cos - d * sin, z + v * sin + d * cos) for d in planes]
+        hu = np.mean(parts, axis=0)
+    else:
+        hu = body.level(x, v, (z + planes).astype(np.float32))
     if phantom.body_part == "HEAD":
         hu[(np.abs(np.hypot(x, v + 30) - 148) < 1.2) & (v > 60)] = 150.0  # head rest
     random = np.random.default_rng([phantom.seed, series.number, index])

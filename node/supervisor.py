@@ -1,6 +1,7 @@
 """`vigil serve`: start the database and every stage, restart what dies, stop all in order."""
 
 import json
+import math
 import os
 import queue
 import signal
@@ -15,7 +16,9 @@ from typing import IO, Any
 
 import structlog
 
+from config import logs
 from config.settings import Settings, SettingsError, load
+from db.errors import TransientError
 
 log = structlog.get_logger()
 
@@ -23,13 +26,13 @@ log = structlog.get_logger()
 STAGES = ("scp", "inference", "dicom_sr", "dashboard")
 ADDRESS_EVENT = "listening"  # a stage logs it once for each address, with `address` and `port`
 READY_EVENT = "ready"  # one without an address logs this when it works
-
 WRONG_CONFIGURATION = 2  # exit status: no restart will cure it
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 1.0, 30.0
 STEADY_S = 60.0  # alive for this long: what was before is forgotten
 CRASH_LOOP = 5  # exits in a row after which it is said loudly
 STOP_GRACE_S = 30.0
 TICK_S = 0.2
+PREPARE_AGAIN_S = 2.0
 
 
 @dataclass(slots=True)
@@ -41,7 +44,7 @@ class Stage:
     process: subprocess.Popen[bytes] | None = None
     reader: threading.Thread | None = None
     started_at: float = 0.0  # monotonic
-    start_again_at: float = 0.0  # monotonic
+    start_again_at: float = math.inf  # monotonic
     exits: int = 0  # in a row
     is_ready: bool = False
     is_given_up: bool = False
@@ -53,23 +56,21 @@ class Stage:
 
 
 class Supervisor:
-    """Children of one parent, watched from one thread: the main one.
-
-    It must be the thread that starts them, for a child dies with the thread that forked it.
-    """
+    """Children of one parent, watched by the thread that starts them: they die with it."""
 
     def __init__(
         self,
         commands: Mapping[str, Sequence[str]],
         *,
         say: Callable[[str], None],
+        prepare: Callable[[], None] = lambda: None,
         on_ready: Callable[[Sequence[Stage]], None] = lambda _: None,
         environment: Mapping[str, str] | None = None,
         backoff_first_s: float = BACKOFF_FIRST_S,
     ) -> None:
         self.stages = [Stage(name, command) for name, command in commands.items()]
         self._say = say
-        self._on_ready = on_ready
+        self._prepare, self._on_ready = prepare, on_ready
         self._environment = {**os.environ, **(environment or {})}
         self._backoff_first_s = backoff_first_s
         self._lines: queue.SimpleQueue[tuple[Stage, bytes]] = queue.SimpleQueue()
@@ -78,14 +79,36 @@ class Supervisor:
         self.exit_status = 0
 
     def run(self) -> int:
-        """Start all, watch until `stop` is called (a signal handler may), stop all; exit status."""
-        for stage in self.stages:
-            self._start(stage)
-        while not self._is_stopping:
+        """Start all, watch until `stop` is called (a signal handler may), stop all; exit status.
+
+        The first stage, reception, starts before `prepare`: it needs no database.
+        """
+        try:
+            self.stages[0].start_again_at = 0.0
             self._watch()
-            self._pass_on(TICK_S)
-        self._stop_all()
+            self._prepare_all()
+            for stage in self.stages[1:]:
+                stage.start_again_at = 0.0
+            while not self._is_stopping:
+                self._watch()
+                self._pass_on(TICK_S)
+        finally:
+            self._stop_all()
         return self.exit_status
+
+    def _prepare_all(self) -> None:
+        """Call `prepare` until it succeeds; what may pass by itself is waited for."""
+        was_said = False
+        while not self._is_stopping:
+            try:
+                self._prepare()
+                return
+            except TransientError as error:
+                if not was_said:
+                    self._say(f"{error}; reception goes on, the other stages wait for it")
+                    was_said = True
+                self._pass_on(PREPARE_AGAIN_S)
+                self._watch()
 
     def stop(self) -> None:
         self._is_stopping = True
@@ -199,26 +222,31 @@ class Supervisor:
 
 def serve(config: Path | None) -> int:
     """Everything on this machine; returns the exit status."""
-    # Here, so that importing this module for its types stays cheap.
-    from config import logs
-    from db import embedded, engine
-
     settings = load(config)
     logs.set_up("supervisor", settings.node.log_level)
     supervisor = Supervisor(
         {stage: ["-m", stage] for stage in STAGES},
         say=_say,
+        prepare=lambda: _upgrade(settings),
         on_ready=lambda stages: _offer_set_up_link(settings, stages),
         environment={"VIGIL_CONFIG": str(config.resolve())} if config else {},
     )
     _obey_signals(supervisor, config)
     try:
-        engine.upgrade(settings)
         return supervisor.run()
     finally:
         if not settings.node.database_url.get_secret_value():
+            from db import embedded
+
             embedded.stop(settings.node.data_dir)
         log.info("stopped")
+
+
+def _upgrade(settings: Settings) -> None:
+    # Imported late: reception is listening by the time that SQLAlchemy is loaded.
+    from db import engine
+
+    engine.upgrade(settings)
 
 
 def _obey_signals(supervisor: Supervisor, config: Path | None) -> None:

@@ -1,7 +1,6 @@
 """What every command shares: its options, its two ways to print, its exit statuses."""
 
 import json
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,10 +45,7 @@ def report(value: Any, show: Callable[[Any, Console], None], *, as_json: bool) -
 
 def hush() -> None:
     """No log lines between a command's own words; a stage sets up its own logs afterwards."""
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
 
 def complain(message: str) -> None:

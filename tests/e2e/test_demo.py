@@ -78,7 +78,9 @@ def test_logs_and_configuration_hold_no_patient_name(untrained):
     assert "PHANTOM" not in (work / "node.log").read_text()
 
 
-@pytest.mark.skipif(not REAL_BUNDLE.is_dir(), reason="the trained bundle is not here yet")
+@pytest.mark.skipif(
+    not (REAL_BUNDLE / "manifest.toml").is_file(), reason="the trained bundle is not here yet"
+)
 def test_the_trained_bundle_finds_the_lesions_and_not_the_plain_heads():
     status, document = demo()
 

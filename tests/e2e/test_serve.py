@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from db import embedded
+from db.errors import DatabaseAway
 from node import send
 from node.running import NodeFailed, RunningNode, free_port
 from node.supervisor import Supervisor
@@ -199,3 +200,25 @@ def test_serve_refuses_a_wrong_configuration_at_once(tmp_path):
         node.wait_ready(30)
 
     assert "vigil.toml:2: tenants.0.id" in (tmp_path / "log").read_text()
+
+
+def test_reception_starts_first_and_goes_on_while_the_database_is_away():
+    tries: list[bool] = []
+    supervisor: Supervisor
+
+    def prepare() -> None:
+        tries.append(supervisor.stages[0].is_running)
+        if len(tries) < 2:
+            raise DatabaseAway("the database does not answer")
+        supervisor.stop()
+
+    said: list[str] = []
+    supervisor = Supervisor(
+        {"scp": stage("scp"), "other": stage("other")}, say=said.append, prepare=prepare
+    )
+
+    supervisor.run()
+
+    assert tries == [True, True]
+    assert "the database does not answer; reception goes on, the other stages wait for it" in said
+    assert supervisor.stages[1].process is None

@@ -21,7 +21,7 @@ from weights.recipe.phantoms import reference_inputs
 
 def write_weights(out: Path, network: nn.Module) -> str:
     """model.safetensors; its SHA-256 in hexadecimal."""
-    save_file(dict(storable(network)), out / WEIGHTS)
+    _save(dict(storable(network)), out / WEIGHTS)
     return hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
 
 
@@ -29,7 +29,7 @@ def write_weights(out: Path, network: nn.Module) -> str:
 def write_reference(out: Path, network: nn.Module, manifest: Manifest) -> None:
     """reference.safetensors: drawn inputs in half precision, and fp32 logits of exactly those."""
     inputs = torch.from_numpy(reference_inputs(manifest))
-    save_file({"inputs": inputs, "logits": network(inputs.float())}, out / REFERENCE)
+    _save({"inputs": inputs, "logits": network(inputs.float())}, out / REFERENCE)
 
 
 def write_calibration(
@@ -51,6 +51,11 @@ def write_manifest(out: Path, values: Mapping[str, Any]) -> None:
         key: value if isinstance(value, str) else _toml(value) for key, value in values.items()
     }
     (out / MANIFEST).write_text(template.filled(texts), encoding="utf-8")
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path)
+    path.chmod(0o644)  # safetensors leaves 0600, and the node serves under another account
 
 
 def _toml(value: Any) -> str:

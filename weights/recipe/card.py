@@ -198,5 +198,6 @@ def _external(external: Mapping[str, Any] | None) -> str:
     return (
         f"Its {external['images']} images give a study logit of {external['study_logit']:.2f}, "
         f"probability {100 * external['probability']:.0f} % at the reference prevalence: "
-        f"percentile {external['percentile_of_negatives']:.0f} of the out-of-fold negatives."
+        f"percentile {external['percentile_of_negatives']:.0f} of the out-of-fold negatives. "
+        f"At the active threshold it is {'PRESENT' if external['present'] else 'absent'}."
     )

@@ -32,8 +32,9 @@ AGGREGATIONS = (
     Aggregation(kind="smoothed_max", k=5),
 )
 
-#: What a threshold must keep on the patients it is chosen on.
-HIGH = 0.90
+#: What a threshold must keep, of the positives or the negatives it is chosen on.
+HIGH_SENSITIVITY = 0.95
+HIGH_SPECIFICITY = 0.90
 OPERATING_POINTS = ("high sensitivity", "balanced", "high specificity")
 
 _INNER_FOLDS = 5
@@ -148,15 +149,22 @@ def study_logits(logits: Floats, groups: Sequence[Rows], how: Aggregation) -> Fl
 def thresholds(probability: Floats, truth: Bools) -> dict[str, float]:
     """The three operating points, each halfway between two studies' probabilities.
 
-    high sensitivity: the highest that still finds `HIGH` of the positives. high specificity: the
-    lowest that clears `HIGH` of the negatives. balanced: the largest sum of both (Youden).
+    high sensitivity: the highest that still finds its share of the positives. high specificity: the
+    lowest that clears its share of the negatives. balanced: the largest sum of both (Youden).
+
+    Raises
+    ------
+    ValueError
+        If all probabilities are one: no threshold parts them.
     """
     levels = np.unique(probability)
+    if len(levels) < 2:
+        raise ValueError("every study has the same probability: no threshold parts them")
     cuts = (levels[1:] + levels[:-1]) / 2
     sensitivity = np.array([(probability[truth] >= cut).mean() for cut in cuts])
     specificity = np.array([(probability[~truth] < cut).mean() for cut in cuts])
-    sensitive = cuts[sensitivity >= HIGH]
-    specific = cuts[specificity >= HIGH]
+    sensitive = cuts[sensitivity >= HIGH_SENSITIVITY]
+    specific = cuts[specificity >= HIGH_SPECIFICITY]
     return {
         "high sensitivity": float(sensitive.max() if len(sensitive) else cuts[0]),
         "balanced": float(cuts[np.argmax(sensitivity + specificity)]),

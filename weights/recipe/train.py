@@ -212,11 +212,13 @@ def _external(out: Path, folder: Path, negatives: Floats) -> dict[str, Any] | No
     except NotJudged as refusal:
         return {"series": _EXTERNAL, "refused": str(refusal)}
     score = aggregate(logits, bundle.manifest.study.aggregation)
-    calibration = bundle.calibrations[LABELS[0]]
+    probability = float(apply(bundle.calibrations[LABELS[0]], np.array([score]))[0])
+    threshold = bundle.manifest.labels[0].threshold
     return {
         "series": _EXTERNAL,
         "images": len(logits),
         "study_logit": round(score, 3),
-        "probability": round(float(apply(calibration, np.array([score]))[0]), 4),
+        "probability": round(probability, 4),
+        "present": threshold is not None and probability >= threshold,
         "percentile_of_negatives": round(100 * float((negatives < score).mean()), 1),
     }

