@@ -48,6 +48,7 @@ class Stage:
     exits: int = 0  # in a row
     is_ready: bool = False
     is_given_up: bool = False
+    is_reloading: bool = False  # was told to read its configuration again, and may end for it
     addresses: list[str] = field(default_factory=list)
 
     @property
@@ -117,6 +118,7 @@ class Supervisor:
         """Pass a signal on to every stage that runs."""
         for stage in self.stages:
             if stage.is_running and stage.process:
+                stage.is_reloading = number == signal.SIGHUP
                 stage.process.send_signal(number)
 
     def _start(self, stage: Stage) -> None:
@@ -166,6 +168,15 @@ class Supervisor:
             stage.is_given_up = True
             self.exit_status = WRONG_CONFIGURATION
             self.stop()
+            return
+        if stage.is_reloading and status in (
+            0,
+            -signal.SIGHUP,
+        ):  # it ended to start anew, with the new settings
+            stage.is_reloading = False
+            stage.exits = 0
+            stage.start_again_at = now
+            log.info("stage_reloaded", worker=stage.name)
             return
         wait = min(self._backoff_first_s * 2.0 ** min(stage.exits - 1, 16), BACKOFF_MAX_S)
         stage.start_again_at = now + wait

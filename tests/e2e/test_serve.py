@@ -148,6 +148,22 @@ def test_sighup_reaches_every_stage(capfd):
     watched.run(act)
 
 
+def test_a_stage_that_ends_to_reload_is_started_again_at_once():
+    ends = STAGE.replace('print(json.dumps({"event": "reloaded"}), flush=True)', "sys.exit(0)")
+    watched = Watched({"one": ["-c", f"NAME = 'one'\n{ends}"]})
+    watched.supervisor._backoff_first_s = 3600.0  # an end that counts would wait this long
+    (one,) = watched.supervisor.stages
+
+    def act() -> None:
+        wait_for(lambda: "ready" in watched.said)
+        before = one.process.pid
+        watched.supervisor.signal_all(signal.SIGHUP)
+        wait_for(lambda: one.is_running and one.process.pid != before)
+
+    assert watched.run(act) == 0
+    assert one.exits == 0
+
+
 def test_children_end_when_the_supervisor_is_killed(tmp_path):
     script = (
         "from node.supervisor import Supervisor\n"
