@@ -74,13 +74,13 @@ class Drain:
                     receiver.close()
 
     def _record_refusals(self, folder: Path) -> None:
-        found = noted(folder)
-        if not found:
+        found, n_lines = noted(folder)
+        if not n_lines:
             return
         with Session(self._engine) as session, session.begin():
             for refused, n in Counter(found).items():
                 self._record(session, refused, n)
-        forget(folder, len(found))
+        forget(folder, n_lines)
 
     def _record(self, session: Session, refused: Refused, n: int) -> None:
         before = self._refused[refused]

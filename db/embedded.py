@@ -23,6 +23,7 @@ from db.errors import PermanentError
 
 START_TIMEOUT_S = 300  # recovery after a crash replays the log first
 STOP_TIMEOUT_S = 60
+_SOCKET_PATH_BYTES = 107
 OWNER = "vigil_owner"
 DATABASE = "vigil"
 
@@ -142,7 +143,13 @@ def _url(home: Path) -> URL:
 
 
 def _sockets(home: Path) -> Path:
-    """A short path: a Unix socket's address holds 107 bytes, and data folders can be deep."""
+    """Beside the cluster, where every process finds it whatever its own temporary folder is.
+
+    A Unix socket's address holds 107 bytes: of a deeper data folder the sockets lie elsewhere.
+    """
+    beside = home / "sockets"
+    if len(str(beside / ".s.PGSQL.5432.lock")) < _SOCKET_PATH_BYTES:
+        return beside
     name = hashlib.sha256(str(home).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"vigil-pg-{name}"
 

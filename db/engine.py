@@ -41,6 +41,7 @@ def engine_at(url: URL, role: Role, *, pool_size: int = 5) -> Engine:
     options = "" if role == "owner" else f"-c role=vigil_{role}"
     return create_engine(
         url,
+        hide_parameters=True,  # they hold names, and tracebacks print them
         pool_pre_ping=True,  # the server may have been restarted meanwhile
         pool_size=pool_size,
         max_overflow=pool_size,
@@ -91,5 +92,7 @@ def _create_database(url: URL) -> None:
             )
             if not known:
                 connection.execute(text(f'CREATE DATABASE "{url.database}"'))
+    except OperationalError as error:
+        raise DatabaseAway("the database does not answer") from error
     finally:
         server.dispose()

@@ -16,6 +16,8 @@ class TransientError(NodeError):
     """May pass by itself: the queue tries again with back-off and jitter."""
 
     code: ClassVar[str] = "transient"
+    #: Whether a try that ends so is one of the tries that a job has. Faults of the node are not.
+    counts: ClassVar[bool] = True
 
 
 class PermanentError(NodeError):
@@ -40,12 +42,14 @@ class DatabaseAway(TransientError):
     """PostgreSQL does not answer."""
 
     code: ClassVar[str] = "database_away"
+    counts = False
 
 
 class DiskFull(TransientError):
     """The disk is under its watermark, or a write failed for want of space."""
 
     code: ClassVar[str] = "disk_full"
+    counts = False
 
 
 class NotDicom(PermanentError):

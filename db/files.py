@@ -19,6 +19,7 @@ class StorageError(TransientError):
     """The file system refused for another reason than want of space: I/O, read-only, rights."""
 
     code = "storage_error"
+    counts = False
 
 
 @contextmanager

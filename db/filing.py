@@ -83,7 +83,7 @@ def _locked(session: Session, item: Arrival) -> StudyRow | None:
             StudyRow.origin == item.source.origin,
             StudyRow.study_instance_uid == item.described.header.study_instance_uid,
         )
-        .with_for_update()
+        .with_for_update(key_share=True)
     )
 
 
@@ -141,7 +141,7 @@ def _file_again(
         pixel_sha256=first.pixel_sha256,
         identity_sha256=first.identity_sha256,
     )
-    study = session.get_one(StudyRow, first.study_id, with_for_update=True)
+    study = session.get_one(StudyRow, first.study_id, with_for_update={"key_share": True})
     if trouble := conflict(stored, item.described):
         quarantine(session, item.spooled, item.source, trouble, item.uid, study)
         return []

@@ -7,11 +7,12 @@ from db import studies
 from db.errors import IllegalMove, NodeError, PermanentError
 from db.outbox import DeliveryState
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import AuditRow, DeliveryRow, DestinationRow, RequestRow, ResultRow
+from db.tables import AnalysisRow, AuditRow, DeliveryRow, DestinationRow, RequestRow, ResultRow
 
 
 def rerun(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis:
     """Analyse again, over the set that is there now; the new result supersedes the old one."""
+    studies.lock(session, studies.load(session, analysis_id).study_id)
     analysis = studies.load(session, analysis_id)
     moved = studies.move(
         session,
@@ -31,6 +32,7 @@ def rerun(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis
 
 def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis:
     """Send the stored objects once more, the same bytes, to every destination."""
+    studies.lock(session, studies.load(session, analysis_id).study_id)
     analysis = studies.load(session, analysis_id)
     if analysis.state not in (AnalysisState.DELIVERED, AnalysisState.DELIVERED_IN_PART):
         raise IllegalMove(f"nothing to send again: the analysis is {analysis.state}")
@@ -39,7 +41,7 @@ def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysi
             ResultRow.analysis_id == analysis.id, ResultRow.result_no == analysis.result_no
         )
     )
-    session.execute(
+    owed = session.scalars(
         update(DeliveryRow)
         .where(DeliveryRow.result_id == result_id)
         .values(
@@ -54,7 +56,10 @@ def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysi
             finished_at=None,
             error_code="",
         )
-    )
+        .returning(DeliveryRow.id)
+    ).all()
+    if not owed:  # no destination, an upload, a shadow bundle
+        raise IllegalMove("nothing was sent anywhere")
     session.execute(
         update(DestinationRow)
         .where(DestinationRow.tenant == analysis.tenant)
@@ -74,6 +79,11 @@ def carry_out_requests(session: Session) -> int:
         .order_by(RequestRow.at)
         .with_for_update(skip_locked=True)
     ).all()
+    # All before the first: below a study lie the destinations, which every study shares.
+    wanted = [request.analysis_id for request in requests]
+    owners = select(AnalysisRow.study_id).where(AnalysisRow.id.in_(wanted)).distinct()
+    for study_id in session.scalars(owners.order_by(AnalysisRow.study_id)).all():
+        studies.lock(session, study_id)
     for request in requests:
         act = rerun if request.action == "rerun" else resend
         try:

@@ -19,6 +19,7 @@ from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from db.errors import NotDicom, PermanentError
+from db.files import storage_errors
 
 MAX_PIXELS = 2_000_000_000  # Rows x Columns x Frames of one instance
 _GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
@@ -88,6 +89,8 @@ def read_images(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        with storage_errors(), open(path, "rb"):
+            pass  # a file that cannot be opened says nothing of the image in it
         ds = _header(path)
         total = _check_size(ds, max_pixels)
         wanted = list(range(total)) if frames is None else frames

@@ -2,16 +2,30 @@
 
 import datetime as dt
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, and_, case, cast, func, literal, or_, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import (
+    ColumnElement,
+    Exists,
+    Integer,
+    case,
+    cast,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from db import studies
-from db.errors import NodeError, PermanentError, StaleAnalysis
-from db.job import MAX_ATTEMPTS, JobKind, JobState, Lane, backoff_s
-from db.study import AnalysisEvent, AnalysisState
+from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
+from db.job import BACKOFF_MAX_S, MAX_ATTEMPTS, JobKind, JobState, Lane, backoff_s
+from db.study import NEXT_JOB, AnalysisEvent, AnalysisState
 from db.tables import AnalysisRow, JobRow, StudyRow
 
 #: Waiting this long lifts a job by one lane, so that routine always moves.
@@ -19,6 +33,7 @@ AGEING_S = 900
 #: A job whose worker died this often is given up.
 MAX_CRASHES = 3
 DEFAULT_LEASE_S = 60.0
+WORKER_DIED = "worker_died"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +51,7 @@ class ClaimedJob:
     attempts: int
     crashes: int
     worker: str
+    is_suspect: bool = False  # its last worker died: run it alone
 
 
 def claim(
@@ -65,7 +81,7 @@ def claim(
         .where(
             JobRow.state == JobState.TODO,
             JobRow.kind.in_(kinds),
-            JobRow.run_after <= func.now(),
+            _is_past(JobRow.run_after),
             or_(JobRow.kind != JobKind.BUILD, StudyRow.is_held.is_(False)),
             *([AnalysisRow.bundle.in_(bundles)] if bundles is not None else []),
         )
@@ -77,6 +93,7 @@ def claim(
     if found is None:
         return None
     job, study_id = found
+    was_left_by_the_dead = job.error_code == WORKER_DIED
     job.state = JobState.DOING
     job.worker = worker
     job.lease_until = func.now() + dt.timedelta(seconds=lease_s)
@@ -93,6 +110,7 @@ def claim(
         attempts=job.attempts,
         crashes=job.crashes,
         worker=worker,
+        is_suspect=was_left_by_the_dead,
     )
 
 
@@ -136,12 +154,25 @@ def renew(session: Session, job_ids: Sequence[int], worker: str, *, lease_s: flo
 
 
 def finish(session: Session, job: ClaimedJob, *, error_code: str = "") -> None:
-    """The job is done; in the transaction of its analysis' move."""
-    session.execute(
+    """The job is done; in the transaction of its analysis' move.
+
+    Raises
+    ------
+    StaleAnalysis
+        If its lease ran out and another worker has it now.
+    """
+    done = session.scalar(
         update(JobRow)
-        .where(JobRow.id == job.id)
+        .where(*_mine(job))
         .values(state=JobState.DONE, error_code=error_code, finished_at=func.now())
+        .returning(JobRow.id)
     )
+    if done is None:
+        raise StaleAnalysis(f"job row {job.id} is another worker's now")
+
+
+def _mine(job: ClaimedJob) -> tuple[ColumnElement[bool], ...]:
+    return JobRow.id == job.id, JobRow.worker == job.worker, JobRow.state == JobState.DOING
 
 
 def fail(session: Session, job: ClaimedJob, error: NodeError) -> None:
@@ -150,23 +181,31 @@ def fail(session: Session, job: ClaimedJob, error: NodeError) -> None:
     A stale job is simply over. Call it in a transaction of its own.
     """
     if isinstance(error, StaleAnalysis):
-        finish(session, job, error_code=error.code)
+        session.execute(
+            update(JobRow)
+            .where(*_mine(job))
+            .values(state=JobState.DONE, error_code=error.code, finished_at=func.now())
+        )
         return
-    attempts = job.attempts + 1
+    attempts = job.attempts + int(not isinstance(error, TransientError) or error.counts)
     if isinstance(error, PermanentError) or attempts >= MAX_ATTEMPTS:
         give_up(session, job, code=error.code, reason=str(error))
         return
-    wait = dt.timedelta(seconds=backoff_s(attempts, random.random()))
-    _put_back(session, job.id, attempts=attempts, wait=wait, error_code=error.code)
+    wait = dt.timedelta(seconds=backoff_s(max(attempts, 1), random.random()))
+    _put_back(session, job, attempts=attempts, wait=wait, error_code=error.code)
 
 
 def give_up(session: Session, job: ClaimedJob, *, code: str, reason: str) -> None:
     """End the job and its analysis as FAILED, with a reason that a person can read."""
-    session.execute(
+    studies.lock(session, job.study_id)
+    ended = session.scalar(
         update(JobRow)
-        .where(JobRow.id == job.id)
+        .where(*_mine(job))
         .values(state=JobState.FAILED, error_code=code, finished_at=func.now())
+        .returning(JobRow.id)
     )
+    if ended is None:  # another worker has it now
+        return
     analysis = studies.load(session, job.analysis_id)
     if analysis.row_version != job.analysis_version:
         return
@@ -185,32 +224,63 @@ def give_up(session: Session, job: ClaimedJob, *, code: str, reason: str) -> Non
 
 def release(session: Session, job: ClaimedJob) -> None:
     """Give a claimed job back untouched: the worker stops."""
-    _put_back(session, job.id, attempts=job.attempts, wait=dt.timedelta(0), error_code="")
+    _put_back(session, job, attempts=job.attempts, wait=dt.timedelta(0), error_code="")
 
 
 def requeue_dead(session: Session) -> int:
-    """Take back the jobs of workers whose lease ran out; returns how many."""
-    dead = session.scalars(
-        select(JobRow)
-        .where(JobRow.state == JobState.DOING, JobRow.lease_until < func.now())
-        .with_for_update(skip_locked=True)
+    """Take back the jobs of workers whose lease ran out; returns how many.
+
+    A death counts against a study only where nothing else was under way at that worker: else
+    nobody knows which of them it was. The others run alone next time (`ClaimedJob.is_suspect`).
+    """
+    lapsed = session.scalars(
+        select(JobRow).where(JobRow.state == JobState.DOING, _is_past(JobRow.lease_until))
     ).all()
-    for row in dead:
-        crashes = row.crashes + 1
+    dead = [_claimed(session, row) for row in lapsed]
+    together = Counter(job.worker for job in dead)
+    for job in sorted(dead, key=lambda job: job.study_id):
+        crashes = job.crashes + (together[job.worker] == 1)
         if crashes >= MAX_CRASHES:
-            give_up(
-                session,
-                _claimed(session, row),
-                code="worker_died",
-                reason=f"the worker died {crashes} times on this study",
-            )
+            reason = f"the worker died {crashes} times on this study"
+            give_up(session, job, code=WORKER_DIED, reason=reason)
             continue
-        wait = dt.timedelta(seconds=backoff_s(crashes, 0.0))
+        wait = dt.timedelta(seconds=backoff_s(max(crashes, 1), 0.0))
         _put_back(
-            session, row.id, attempts=row.attempts, wait=wait, error_code="worker_died",
-            crashes=crashes,
-        )  # fmt: skip
+            session, job, attempts=job.attempts, wait=wait, error_code=WORKER_DIED, crashes=crashes
+        )
     return len(dead)
+
+
+def restore_lost(session: Session) -> int:
+    """Give a job to each analysis whose state asks for one and that has none; returns how many.
+
+    No way of losing one is known; a study that waits for ever is the one thing that must not be.
+    """
+    lost = session.execute(
+        select(AnalysisRow.id, AnalysisRow.study_id).where(
+            AnalysisRow.state.in_(list(NEXT_JOB)),
+            AnalysisRow.updated_at < func.now() - dt.timedelta(seconds=2 * DEFAULT_LEASE_S),
+            ~_open_jobs(AnalysisRow.id),
+        )
+    ).all()
+    n = 0
+    for analysis_id, study_id in lost:
+        studies.lock(session, study_id)
+        if session.scalar(select(~_open_jobs(analysis_id))):
+            n += studies.enqueue(session, studies.load(session, analysis_id))
+    return n
+
+
+def _open_jobs(analysis_id: ColumnElement[int] | InstrumentedAttribute[int] | int) -> Exists:
+    return exists().where(
+        JobRow.analysis_id == analysis_id, JobRow.state.in_([JobState.TODO, JobState.DOING])
+    )
+
+
+def _is_past(moment: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
+    """Due; also where it lies further ahead than anything is ever put: the clock was set back."""
+    furthest = dt.timedelta(seconds=BACKOFF_MAX_S + 60)
+    return or_(moment <= func.now(), moment > func.now() + furthest)
 
 
 def _claimed(session: Session, row: JobRow) -> ClaimedJob:
@@ -232,32 +302,27 @@ def _claimed(session: Session, row: JobRow) -> ClaimedJob:
 
 def _put_back(
     session: Session,
-    job_id: int,
+    job: ClaimedJob,
     *,
     attempts: int,
     wait: dt.timedelta,
     error_code: str,
     crashes: int | None = None,
 ) -> None:
-    waiting = aliased(JobRow)
-    superseded = (
-        select(waiting.id)
-        .where(
-            and_(
-                waiting.analysis_id == JobRow.analysis_id,
-                waiting.kind == JobRow.kind,
-                waiting.state == JobState.TODO,
-            )
-        )
-        .exists()
+    # Locked, so that no move makes a newer job between the comparison and the write.
+    studies.lock(session, job.study_id)
+    version = (
+        select(AnalysisRow.row_version)
+        .where(AnalysisRow.id == JobRow.analysis_id)
+        .scalar_subquery()
     )
     changes = {"crashes": crashes} if crashes is not None else {}
     session.execute(
         update(JobRow)
-        .where(JobRow.id == job_id, JobRow.state == JobState.DOING)
+        .where(*_mine(job))
         .values(
-            # A newer job already waits for this analysis: this one is over.
-            state=case((superseded, JobState.DONE), else_=JobState.TODO),
+            # The analysis has moved on: this job is over, whatever else waits.
+            state=case((version != JobRow.analysis_version, JobState.DONE), else_=JobState.TODO),
             attempts=attempts,
             run_after=func.now() + wait,
             worker="",

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,17 +30,29 @@ def note(folder: Path, refused: Refused) -> None:
     with storage_errors(), open(folder / _NAME, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if file.tell() + len(line) <= _MAX_BYTES:
-            file.write(line)
+            # After a torn line, the next one begins anew.
+            file.write(line if _ends_whole(folder) else b"\n" + line)
 
 
-def noted(folder: Path) -> list[Refused]:
-    """What is noted; call `forget` with its length once it is recorded elsewhere."""
+def _ends_whole(folder: Path) -> bool:
+    return (folder / _NAME).read_bytes()[-1:] in (b"", b"\n")
+
+
+def noted(folder: Path) -> tuple[list[Refused], int]:
+    """What is noted, and how many lines that was: `forget` those once it is recorded elsewhere.
+
+    A line that a full disk or a power cut tore is passed over: it must not stop the intake.
+    """
     with storage_errors():
         try:
-            lines = (folder / _NAME).read_bytes().split(b"\n")
+            lines = (folder / _NAME).read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
-            return []
-    return [Refused(**json.loads(line)) for line in lines[:-1]]
+            return [], 0
+    found = []
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            found.append(Refused(**json.loads(line)))
+    return found, len(lines)
 
 
 def forget(folder: Path, n: int) -> None:

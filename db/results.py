@@ -1,6 +1,7 @@
 """Persisting what an analysis found, in one transaction with the move it causes."""
 
 import uuid
+from collections.abc import Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -11,8 +12,13 @@ from db.study import AnalysisEvent
 from db.tables import ResultRow
 
 
-def store_finding(session: Session, job: queue.ClaimedJob, finding: Finding) -> studies.Analysis:
+def store_finding(
+    session: Session, job: queue.ClaimedJob, finding: Finding, instance_ids: Sequence[str]
+) -> studies.Analysis:
     """Keep the numbers, move the analysis to FOUND and end the job.
+
+    instance_ids : the analysed set as it was chosen; the volume may have left out repeated
+        positions, and readiness compares what it would choose.
 
     Raises
     ------
@@ -37,15 +43,14 @@ def store_finding(session: Session, job: queue.ClaimedJob, finding: Finding) -> 
             probability=probability.value if probability else None,
         )
     )
-    ids = tuple(dict.fromkeys(image.instance_id for image in finding.images))
     moved = studies.move(
         session,
         analysis,
         AnalysisEvent.FINDINGS_STORED,
         detail={"n_images": len(finding.images), "result_no": result_no},
         result_no=result_no,
-        analysed_ids=list(ids),
-        analysed_sha256=studies.analysed_digest(ids),
+        analysed_ids=list(instance_ids),
+        analysed_sha256=studies.analysed_digest(instance_ids),
         is_partial=finding.is_partial,
     )
     queue.finish(session, job)

@@ -64,6 +64,17 @@ def load(session: Session, analysis_id: int) -> Analysis:
     )
 
 
+def lock(session: Session, study_id: int) -> None:
+    """Hold a study until the transaction ends; whoever writes below it comes here first.
+
+    One order for all, the study before anything below it, so that none waits for another in a
+    circle. FOR NO KEY UPDATE: rows that only refer to the study do not wait.
+    """
+    session.execute(
+        select(StudyRow.id).where(StudyRow.id == study_id).with_for_update(key_share=True)
+    )
+
+
 def move(
     session: Session,
     analysis: Analysis,
@@ -84,6 +95,7 @@ def move(
     StaleAnalysis
         If somebody else moved it meanwhile.
     """
+    lock(session, analysis.study_id)
     after = replace(
         analysis, state=advance(analysis.state, event), row_version=analysis.row_version + 1
     )
@@ -96,7 +108,8 @@ def move(
     )
     if moved is None:
         raise StaleAnalysis(f"analysis row {analysis.id} is past version {analysis.row_version}")
-    _enqueue(session, after)
+    _void_jobs(session, after)
+    enqueue(session, after)
     record(
         session,
         event.lower(),
@@ -113,26 +126,32 @@ def move(
     return load(session, analysis.id)
 
 
-def _enqueue(session: Session, after: Analysis) -> None:
+def _void_jobs(session: Session, after: Analysis) -> None:
     # What still waits was meant for an earlier version; what runs will find itself stale.
     session.execute(
         update(JobRow)
         .where(JobRow.analysis_id == after.id, JobRow.state == JobState.TODO)
         .values(state=JobState.DONE, error_code="superseded", finished_at=func.now())
     )
-    if after.state in NEXT_JOB:
-        session.add(
-            JobRow(
-                analysis_id=after.id,
-                tenant=after.tenant,
-                origin=after.origin,
-                kind=NEXT_JOB[after.state],
-                lane=after.lane,
-                analysis_version=after.row_version,
-            )
+
+
+def enqueue(session: Session, analysis: Analysis) -> bool:
+    """Make the job that the analysis' state asks for; False where it asks for none."""
+    if analysis.state not in NEXT_JOB:
+        return False
+    session.add(
+        JobRow(
+            analysis_id=analysis.id,
+            tenant=analysis.tenant,
+            origin=analysis.origin,
+            kind=NEXT_JOB[analysis.state],
+            lane=analysis.lane,
+            analysis_version=analysis.row_version,
         )
-        session.flush()
-        notify(session)
+    )
+    session.flush()
+    notify(session)
+    return True
 
 
 def notify(session: Session) -> None:
@@ -173,7 +192,7 @@ def refresh_state(session: Session, study_id: int) -> None:
     session.flush()
     # Locked, so that two analyses of one study that move at once do not both miss the other.
     study = session.execute(
-        select(StudyRow).where(StudyRow.id == study_id).with_for_update()
+        select(StudyRow).where(StudyRow.id == study_id).with_for_update(key_share=True)
     ).scalar_one()
     states = session.scalars(
         select(AnalysisRow.state).where(

@@ -13,9 +13,11 @@ from config.tenants import Destination, Tenant
 from db import outbox, queue, results, studies
 from db.errors import NodeError, PermanentError, TransientError
 from db.job import JobKind
+from db.process import Stop
 from db.study import AnalysisEvent
 from dicom_sr.assemble import Assembler
 from dicom_sr.inputs import Subject
+from dicom_sr.recording import NEVER, record
 
 log = structlog.get_logger()
 
@@ -47,25 +49,28 @@ class Builder:
         self._assembler = assembler
         self._worker = worker
 
-    def build_once(self) -> bool:
-        """Build the objects of one result; False where no job is due."""
+    def build_once(self, stop: Stop = NEVER) -> bool:
+        """Build the objects of one result; False where no job is due.
+
+        What came of it is written down even if the database is away meanwhile, until `stop`.
+        """
         with Session(self._engine) as session, session.begin():
             job = queue.claim(session, [JobKind.BUILD], self._worker, lease_s=BUILD_LEASE_S)
         if job is None:
             return False
         with structlog.contextvars.bound_contextvars(tenant=job.tenant, job_id=job.id):
             try:
-                self._build(job)
+                self._build(job, stop)
             except NodeError as error:
-                self._record_failure(job, error)
+                self._record_failure(job, error, stop)
             except OperationalError:
                 raise
             except Exception as error:  # noqa: BLE001 - a bug in a builder must not stop the others
                 log.error("build_crashed", exc_type=type(error).__name__)
-                self._record_failure(job, BuildCrashed(type(error).__name__))
+                self._record_failure(job, BuildCrashed(type(error).__name__), stop)
         return True
 
-    def _build(self, job: queue.ClaimedJob) -> None:
+    def _build(self, job: queue.ClaimedJob, stop: Stop) -> None:
         with Session(self._engine) as session:
             analysis = queue.analysis_of(session, job)
             result = results.latest(session, analysis.id)
@@ -74,15 +79,18 @@ class Builder:
             subject = self._assembler.subject(session, result.id)
             owed = [] if analysis.is_shadow else self._owed(session, subject)
         keys = self._ensure(subject, owed, is_shadow=analysis.is_shadow)
-        with Session(self._engine) as session, session.begin():
+        pairs = [(destination, key) for (_, destination), key in zip(owed, keys, strict=True)]
+
+        def conclude(session: Session) -> None:
+            studies.lock(session, job.study_id)
             analysis = queue.analysis_of(session, job)
-            destinations = [destination for _, destination in owed]
-            pairs = list(zip(destinations, keys, strict=True))
             outbox.enqueue(session, analysis, subject.result_id, pairs)
             studies.move(session, analysis, AnalysisEvent.OBJECTS_BUILT)
             queue.finish(session, job)
             outbox.settle(session, analysis.id)  # with no destination it is delivered by now
-        log.info("result_built", analysis_id=analysis.id, n=len(pairs))
+
+        record(self._engine, conclude, stop)
+        log.info("result_built", analysis_id=job.analysis_id, n=len(pairs))
 
     def _owed(self, session: Session, subject: Subject) -> list[tuple[Tenant, Destination]]:
         tenant = self._settings.tenant(subject.tenant)
@@ -102,8 +110,7 @@ class Builder:
         self._assembler.ensure(subject, variants)
         return [variant.key for variant in variants]
 
-    def _record_failure(self, job: queue.ClaimedJob, error: NodeError) -> None:
-        with Session(self._engine) as session, session.begin():
-            queue.fail(session, job, error)
+    def _record_failure(self, job: queue.ClaimedJob, error: NodeError, stop: Stop) -> None:
+        record(self._engine, lambda session: queue.fail(session, job, error), stop)
         level = log.error if isinstance(error, PermanentError) else log.warning
         level("build_failed", analysis_id=job.analysis_id, exc_code=error.code)

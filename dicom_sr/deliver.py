@@ -4,13 +4,16 @@ So a destination that is dead or slow delays no other, and no build.
 """
 
 import threading
+import time
 from collections.abc import Callable
 
 import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from config.settings import Settings
+from db import outbox
 from db.process import Stop
 from db.sandbox import Sandbox
 from dicom_sr.assemble import Assembler
@@ -22,6 +25,7 @@ log = structlog.get_logger()
 BUILD_POLL_S = 0.2
 SEND_POLL_S = 2.0  # a build in this process wakes the senders at once
 AWAY_S = 2.0
+SWEEP_S = 60.0
 
 
 class Deliverer:
@@ -30,6 +34,7 @@ class Deliverer:
     def __init__(
         self, engine: Engine, settings: Settings, sandbox: Sandbox, *, worker: str, version: str
     ) -> None:
+        self._engine, self._worker = engine, worker
         self._assembler = assembler = Assembler(engine, settings, sandbox, version)
         self._builder = Builder(engine, settings, assembler, worker)
         self._senders = {
@@ -51,8 +56,13 @@ class Deliverer:
         for thread in threads:
             thread.start()
         attempt(self._warm, stop)
+        # Not at once: after a long outage each delivery gets its last try first.
+        sweep_at = time.monotonic() + SWEEP_S
         while not stop.is_set():
-            if attempt(self._builder.build_once, stop):
+            if time.monotonic() >= sweep_at:
+                attempt(self.sweep, stop)
+                sweep_at = time.monotonic() + SWEEP_S
+            if attempt(lambda: self._builder.build_once(stop), stop):
                 self._wake_senders()
             else:
                 stop.wait(BUILD_POLL_S)
@@ -68,6 +78,19 @@ class Deliverer:
             while sender.send_once():
                 pass
 
+    def sweep(self) -> bool:
+        """End what is past its time and has no sender; whether there was any."""
+        n = 0
+        while self._expire():
+            n += 1
+        if n:
+            log.warning("deliveries_expired", n=n)
+        return n > 0
+
+    def _expire(self) -> bool:
+        with Session(self._engine) as session, session.begin():
+            return outbox.expire_next(session, self._worker)
+
     def _warm(self) -> bool:
         self._assembler.warm()
         return True
@@ -75,7 +98,7 @@ class Deliverer:
     def _send(self, sender: Sender, stop: Stop) -> None:
         while not stop.is_set():
             seen = self._n_wakes
-            if not attempt(sender.send_once, stop):
+            if not attempt(lambda: sender.send_once(stop), stop):
                 with self._wake:
                     # Woken between looking and waiting: look again.
                     if seen == self._n_wakes and not stop.is_set():

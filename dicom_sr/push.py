@@ -1,5 +1,6 @@
 """One association with a destination: sends a result's objects and says what became of each."""
 
+import hashlib
 import io
 import socket
 import ssl
@@ -8,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
 
 import pydicom
 from pydicom import Dataset
@@ -17,10 +19,17 @@ from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.transport import AddressInformation, AssociationSocket
 
+from db.errors import PermanentError
 from dicom_sr.plan import REPORT
 from dicom_sr.requestor import sole_reader
 
 MAX_PDU = 128 * 1024  # bytes
+
+
+class ObjectsGone(PermanentError):
+    """A stored object is missing or has changed: the same bytes cannot be sent again."""
+
+    code: ClassVar[str] = "objects_gone"
 
 
 class Outcome(StrEnum):
@@ -76,6 +85,17 @@ class Parcel:
     sop_instance_uid: str
     transfer_syntax_uid: str
     path: Path
+    sha256: str  # of the file, as it was built
+
+    def read(self) -> bytes:
+        """The stored object; `ObjectsGone` unless it is what was built."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            raise ObjectsGone("a stored object is missing") from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise ObjectsGone("a stored object has changed")
+        return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +129,12 @@ def push(peer: Peer, parcels: Sequence[Parcel]) -> Delivery:
     """
     contexts = proposed(parcels)
     entity = _Entity(peer.calling_ae)
-    with _association(entity, peer, contexts) as association:
+    try:
+        association = _associate(entity, peer, contexts)
+    except OSError:  # a name that does not resolve, which pynetdicom passes on
+        entity.close_sockets()
+        return Delivery({}, "no_connection")
+    with _closing(association, entity, peer):
         if association.is_established:
             with sole_reader(association):
                 return _send_all(association, parcels)
@@ -135,15 +160,12 @@ def proposed(parcels: Sequence[Parcel]) -> list[PresentationContext]:
     return contexts
 
 
-@contextmanager
-def _association(
-    entity: "_Entity", peer: Peer, contexts: list[PresentationContext]
-) -> Iterator[Association]:
+def _associate(entity: "_Entity", peer: Peer, contexts: list[PresentationContext]) -> Association:
     entity.connection_timeout = peer.connect_timeout_s
     entity.acse_timeout = peer.acse_timeout_s
     entity.dimse_timeout = peer.dimse_timeout_s
     entity.network_timeout = peer.network_timeout_s
-    association = entity.associate(
+    return entity.associate(
         peer.host,
         peer.port,
         contexts=contexts,
@@ -152,8 +174,12 @@ def _association(
         tls_args=(peer.tls, peer.host) if peer.tls else None,
         evt_handlers=[(evt.EVT_CONN_OPEN, entity.on_open)],
     )
+
+
+@contextmanager
+def _closing(association: Association, entity: "_Entity", peer: Peer) -> Iterator[None]:
     try:
-        yield association
+        yield
     finally:
         if association.is_established:  # the peer did not answer the release
             association.abort()
@@ -249,7 +275,7 @@ def _send(association: Association, parcel: Parcel) -> Answer | None:
 
 def _read(parcel: Parcel, accepted: Sequence[UID]) -> Dataset | None:
     """The stored object; decompressed where the peer does not take it as it is (no loss: RLE)."""
-    built = pydicom.dcmread(io.BytesIO(parcel.path.read_bytes()))
+    built = pydicom.dcmread(io.BytesIO(parcel.read()))
     syntax = built.file_meta.TransferSyntaxUID
     if not syntax.is_compressed or syntax in accepted:
         return built

@@ -1,25 +1,29 @@
 """Stored objects to one destination: what the outbox owes it, the same bytes each time."""
 
 import ssl
-from dataclasses import replace
+from collections.abc import Callable
 from typing import ClassVar
 
 import structlog
-from sqlalchemy import Engine, exists, select, update
+from sqlalchemy import Engine, exists, select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, aliased
 
 from config.settings import ScpSettings, Settings
 from config.tenants import Destination, Tenant
 from db import outbox
 from db.describe import describe
-from db.errors import NodeError, PermanentError
+from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
+from db.identity import is_same_patient
 from db.outbox import ClaimedDelivery
+from db.process import Stop
 from db.sandbox import Sandbox
 from db.tables import DeliveryRow, ObjectRow, ResultRow, StudyRow
 from dicom_sr.assemble import Assembler
 from dicom_sr.inputs import READ_TIMEOUT_S, Subject
 from dicom_sr.plan import REPORT
 from dicom_sr.push import Answer, Delivery, Outcome, Parcel, Peer, is_delivered, push
+from dicom_sr.recording import NEVER, record
 
 log = structlog.get_logger()
 
@@ -28,10 +32,10 @@ SEND_LEASE_S = 900.0
 OTHER_PATIENT = "study_changed"
 
 
-class ObjectsGone(PermanentError):
-    """Stored objects are missing that were sent in part: they cannot be the same bytes again."""
+class SendingCrashed(TransientError):
+    """Sending raised what it should not: a bug, tried again until the delivery expires."""
 
-    code: ClassVar[str] = "objects_gone"
+    code: ClassVar[str] = "sending_crashed"
 
 
 class Sender:
@@ -55,8 +59,11 @@ class Sender:
         self._destination = destination
         self._peer = peer_of(tenant, destination, settings.scp)
 
-    def send_once(self) -> bool:
-        """Send what is due next; False where nothing is."""
+    def send_once(self, stop: Stop = NEVER) -> bool:
+        """Send what is due next; False where nothing is.
+
+        What came of it is written down even if the database is away meanwhile, until `stop`.
+        """
         tenant, destination = self._tenant.id, self._destination.name
         with Session(self._engine) as session, session.begin():
             delivery = outbox.claim_due(
@@ -68,12 +75,27 @@ class Sender:
             tenant=tenant, destination=destination, delivery_id=delivery.id
         ):
             try:
-                self._deliver(delivery)
-            except NodeError as error:
-                self._not_prepared(delivery, error)
+                self._try(delivery, stop)
+            except StaleAnalysis:
+                log.warning("delivery_taken_over")
         return True
 
-    def _deliver(self, delivery: ClaimedDelivery) -> None:
+    def _try(self, delivery: ClaimedDelivery, stop: Stop) -> None:
+        """However it ends, the delivery is not left to its lease."""
+        try:
+            self._deliver(delivery, stop)
+        except StaleAnalysis:
+            raise
+        except NodeError as error:
+            self._not_prepared(delivery, error, stop)
+        except OperationalError:
+            self._record(lambda session: outbox.release(session, delivery), stop)
+            raise
+        except Exception as error:  # noqa: BLE001 - one object must not stop the others
+            log.error("sending_crashed", exc_type=type(error).__name__)
+            self._not_prepared(delivery, SendingCrashed(type(error).__name__), stop)
+
+    def _deliver(self, delivery: ClaimedDelivery, stop: Stop) -> None:
         with Session(self._engine) as session:
             subject = self._assembler.subject(session, delivery.result_id)
         if not delivery.statuses:
@@ -83,14 +105,15 @@ class Sender:
             # As it is now: held, corrected or gone since the objects were built?
             study = session.get_one(StudyRow, delivery.study_id)
         if study.is_held:
-            with Session(self._engine) as session, session.begin():
-                outbox.release(session, delivery)
+            self._record(lambda session: outbox.release(session, delivery), stop)
         elif parcels and not self._is_about(parcels[0], study):
-            with Session(self._engine) as session, session.begin():
-                outbox.withhold(session, delivery, error_code=OTHER_PATIENT)
+            self._record(
+                lambda session: outbox.withhold(session, delivery, error_code=OTHER_PATIENT), stop
+            )
             log.error("delivery_withheld", reason_code=OTHER_PATIENT)
         else:
-            self._record(delivery, push(self._peer, parcels) if parcels else Delivery({}))
+            sent = push(self._peer, parcels) if parcels else Delivery({})
+            self._conclude(delivery, sent, stop)
 
     def _up_to_date(self, delivery: ClaimedDelivery, subject: Subject) -> ClaimedDelivery:
         """Before anything is sent: name as replaced what the destination has accepted by now.
@@ -113,10 +136,7 @@ class Sender:
             variant = self._assembler.variant(session, subject, self._tenant, self._destination)
         self._assembler.ensure(subject, [variant])
         with Session(self._engine) as session, session.begin():
-            session.execute(
-                update(DeliveryRow).where(DeliveryRow.id == delivery.id).values(variant=variant.key)
-            )
-        return replace(delivery, variant=variant.key)
+            return outbox.revise(session, delivery, variant.key)
 
     def _parcels(
         self, session: Session, delivery: ClaimedDelivery, subject: Subject
@@ -136,12 +156,13 @@ class Sender:
                 sop_instance_uid=row.sop_instance_uid,
                 transfer_syntax_uid=row.transfer_syntax_uid,
                 path=self._assembler.path(subject, row.sop_instance_uid),
+                sha256=row.sha256,
             )
             for row in rows
             if row.sop_instance_uid not in had and not (row.role == REPORT and has_report)
         ]
-        if not all(parcel.path.is_file() for parcel in due):
-            raise ObjectsGone("a stored object is missing")
+        for parcel in due:  # all or none: before the first is sent
+            parcel.read()
         return tuple(due)
 
     def _is_about(self, parcel: Parcel, study: StudyRow) -> bool:
@@ -149,32 +170,41 @@ class Sender:
         path = str(parcel.path.resolve())  # the child runs in another folder
         told, _ = self._sandbox.run(describe, path, timeout_s=READ_TIMEOUT_S)
         same_study: bool = told["header"]["study_instance_uid"] == study.study_instance_uid
-        return same_study and is_same_patient(told["patient"], study)
+        return same_study and is_same_patient(told["patient"], _patient_of(study))
 
-    def _record(self, delivery: ClaimedDelivery, sent: Delivery) -> None:
+    def _conclude(self, delivery: ClaimedDelivery, sent: Delivery, stop: Stop) -> None:
         answers = list(sent.answers.values())
         refused = [one.code for one in answers if one.outcome is Outcome.REFUSED]
         statuses = dict(delivery.statuses)
         statuses |= {uid: answer.code for uid, answer in sent.answers.items()}
-        with Session(self._engine) as session, session.begin():
+
+        def conclude(session: Session) -> None:
             if sent.error:
                 outbox.postpone(session, delivery, statuses, error_code=sent.error)
             elif refused:
                 outbox.refuse(session, delivery, statuses, error_code=refused[0])
             else:
                 outbox.accept(session, delivery, statuses)
+
+        self._record(conclude, stop)
         outcome = sent.error or (refused[0] if refused else "delivered")
         log.info("delivery_tried", outcome=outcome, n_objects=len(answers))
         _warn(answers)
 
-    def _not_prepared(self, delivery: ClaimedDelivery, error: NodeError) -> None:
+    def _not_prepared(self, delivery: ClaimedDelivery, error: NodeError, stop: Stop) -> None:
         """A full disk passes; what is lost or unreadable stays so."""
-        with Session(self._engine) as session, session.begin():
+
+        def conclude(session: Session) -> None:
             if isinstance(error, PermanentError):
                 outbox.withhold(session, delivery, error_code=error.code)
             else:
                 outbox.postpone(session, delivery, delivery.statuses, error_code=error.code)
+
+        self._record(conclude, stop)
         log.error("delivery_not_prepared", exc_code=error.code)
+
+    def _record(self, write: Callable[[Session], None], stop: Stop) -> None:
+        record(self._engine, write, stop)
 
 
 def _warn(answers: list[Answer]) -> None:
@@ -183,15 +213,13 @@ def _warn(answers: list[Answer]) -> None:
             log.warning("object_accepted_with_warning", status=answer.code)
 
 
-def is_same_patient(told: dict[str, str], study: StudyRow) -> bool:
-    """The rule of DESIGN 4: equal IDs, and equal issuers where both are stated.
-
-    Without an ID the name must do: a blank ID says nothing of who it is.
-    """
-    issuers = {told["issuer_of_patient_id"], study.issuer_of_patient_id} - {""}
-    if told["patient_id"] != study.patient_id or len(issuers) > 1:
-        return False
-    return bool(study.patient_id) or told["patient_name"] == study.patient_name
+def _patient_of(study: StudyRow) -> dict[str, str]:
+    return {
+        "patient_id": study.patient_id,
+        "issuer_of_patient_id": study.issuer_of_patient_id,
+        "patient_name": study.patient_name,
+        "patient_birth_date": study.patient_birth_date,
+    }
 
 
 def peer_of(tenant: Tenant, destination: Destination, scp: ScpSettings) -> Peer:

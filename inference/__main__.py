@@ -50,9 +50,15 @@ def main(config: Path | None = None) -> int:
 
     heartbeat = Heartbeat(engine, "inference", detail)
     manifests = {name: one.bundle.manifest for name, one in served.items()}
-    readiness = threading.Thread(
-        target=Readiness(engine, settings, manifests).run, args=(stop,), name="readiness"
-    )
+    sweep = Readiness(engine, settings, manifests)
+
+    def judge() -> None:
+        try:
+            sweep.run(stop)
+        finally:
+            stop.set()  # a process that no longer judges must not look healthy
+
+    readiness = threading.Thread(target=judge, name="readiness")
     readiness.start()
     log.info("ready", device=str(device), n=len(served))
     worker = process_name("inference")

@@ -136,17 +136,30 @@ def calibrate(
 
 
 def implied(
-    chances: Mapping[str, CalibratedProbability], implies: Mapping[str, Sequence[str]]
+    chances: Mapping[str, CalibratedProbability],
+    implies: Mapping[str, Sequence[str]],
+    reference_prevalence: Mapping[str, float],
 ) -> dict[str, CalibratedProbability]:
-    """Raise what is implied to at least what implies it, on both scales, through chains."""
+    """Raise what is implied to at least what implies it, through chains.
+
+    On the reference scale, which labels share; the value shown follows from it at the label's own
+    prevalence, as for any other.
+    """
     raised = dict(chances)
     for _ in implies:  # a chain is no longer than there are labels
         for name, wholes in implies.items():
             for whole in wholes:
                 if name in raised and whole in raised:
-                    raised[whole] = replace(
-                        raised[whole],
-                        value=max(raised[whole].value, raised[name].value),
-                        reference=max(raised[whole].reference, raised[name].reference),
-                    )
+                    least = raised[name].reference
+                    raised[whole] = _at_least(raised[whole], least, reference_prevalence[whole])
     return raised
+
+
+def _at_least(
+    chance: CalibratedProbability, least: float, reference_prevalence: float
+) -> CalibratedProbability:
+    if chance.reference >= least:
+        return chance
+    value = shift(least, reference_prevalence, chance.prevalence)
+    shown = min(max(value, chance.lower_clip), chance.upper_clip)
+    return replace(chance, reference=least, value=shown)

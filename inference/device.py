@@ -1,5 +1,8 @@
 """The device: runs batches, halves them when memory runs out, grows them again later."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 import structlog
 import torch
@@ -10,6 +13,7 @@ from db.errors import TransientError
 from inference.model import logits
 
 log = structlog.get_logger()
+_T = TypeVar("_T")
 
 #: Batches at a halved size before the full size is tried again.
 RECOVER_AFTER = 50
@@ -19,6 +23,7 @@ class DeviceFault(TransientError):
     """The device failed, not the study: it never counts against one."""
 
     code = "device_fault"
+    counts = False
 
 
 class Device:
@@ -43,22 +48,41 @@ class Device:
         DeviceFault
             If not even a single image goes through.
         """
-        try:
-            made = np.concatenate(
-                [
-                    logits(model, inputs[at : at + self._limit])
-                    for at in range(0, len(inputs), self._limit)
-                ]
-            )
-        except torch.cuda.OutOfMemoryError:
+        while True:
+            made = self._try(model, inputs)
+            if made is not None:
+                self._recover()
+                return made
+            # Only here is what the failed try held given back: not while its error is handled.
             if self._limit == 1:
-                raise DeviceFault("out of memory for a single image") from None
+                raise DeviceFault("out of memory for a single image")
             self._halve()
-            return self.score(model, inputs)
+
+    def _try(self, model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        parts = range(0, len(inputs), self._limit)
+        try:
+            return np.concatenate([logits(model, inputs[at : at + self._limit]) for at in parts])
+        except torch.cuda.OutOfMemoryError:
+            return None
         except torch.AcceleratorError as error:
             raise DeviceFault(f"the device failed ({type(error).__name__})") from None
-        self._recover()
-        return made
+
+    def explain(self, model: nn.Module, run: Callable[[nn.Module], _T]) -> _T:
+        """Heat maps on the device; on the CPU from then on where its memory does not do.
+
+        Raises
+        ------
+        DeviceFault
+            If the device fails otherwise.
+        """
+        try:
+            return run(model)
+        except torch.cuda.OutOfMemoryError:
+            log.warning("heat_maps_moved_to_cpu")
+        except torch.AcceleratorError as error:
+            raise DeviceFault(f"the device failed ({type(error).__name__})") from None
+        torch.cuda.empty_cache()
+        return run(model.to("cpu"))
 
     def _halve(self) -> None:
         torch.cuda.empty_cache()

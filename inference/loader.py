@@ -18,10 +18,10 @@ from db.pixels import read_images
 from db.result import Eligibility
 from db.sandbox import Sandbox
 from inference.bundle import Bundle
-from inference.eligibility import check_pixels, judge
+from inference.eligibility import check_pixels
 from inference.manifest import Manifest
 from inference.predict import Prepared, prepare
-from inference.readiness import headers_of
+from inference.readiness import choose, headers_of
 from inference.volume import Decoded, NoVolume, build_volume
 
 #: An instance whose decoding kills the child this often is not read again.
@@ -45,6 +45,7 @@ class Loaded:
     """A study ready for the device."""
 
     prepared: Prepared
+    instance_ids: tuple[str, ...]  # as chosen
     is_partial: bool
 
 
@@ -80,7 +81,7 @@ class Loader:
             headers = headers_of(session, job.study_id, only)
         if only and len(headers) < len(only):
             raise InstanceGone(f"{len(only) - len(headers)} chosen instances are not in the store")
-        chosen = judge(headers, bundle.manifest)
+        chosen = choose(headers, bundle.manifest)
         if isinstance(chosen, Eligibility):
             return chosen
         folder = (job.tenant, job.study_id)
@@ -91,7 +92,9 @@ class Loader:
         made = prepare_images(images, bundle)
         if isinstance(made, Eligibility):
             return made
-        return Loaded(made, is_partial=analysis.is_partial or not chosen.is_complete)
+        return Loaded(
+            made, chosen.instance_ids, is_partial=analysis.is_partial or not chosen.is_complete
+        )
 
     def _decode(self, folder: tuple[str, int], instance_id: str, header: InstanceHeader) -> Decoded:
         path = store_path(self._data_dir, *folder, UUID(instance_id))

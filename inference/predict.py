@@ -221,7 +221,11 @@ def _labels(
                 reference_prevalence=spec.reference_prevalence,
                 site_prevalence=prevalence.get(f"{bundle.name}.{spec.id}"),
             )
-    chances = implied(chances, {spec.id: spec.implies for spec in manifest.labels})
+    chances = implied(
+        chances,
+        {spec.id: spec.implies for spec in manifest.labels},
+        {spec.id: spec.reference_prevalence or 0.0 for spec in manifest.labels},
+    )
     return tuple(
         LabelResult(
             label=spec.id,

@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 import structlog
-from sqlalchemy import Engine, func, or_, select, update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import ColumnElement, Engine, func, or_, select, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 SWEEP_S = 0.5
 LEASE_SWEEP_S = 5.0
+STORING_S = 1.0
 
 
 class Readiness:
@@ -48,8 +49,8 @@ class Readiness:
                 if time.monotonic() >= next_lease_sweep:
                     self.requeue_dead()
                     next_lease_sweep = time.monotonic() + LEASE_SWEEP_S
-            except OperationalError:
-                log.warning("database_away")
+            except DBAPIError as error:  # away, read-only for a moment, or two of us at once
+                log.warning("database_away", exc_type=type(error).__name__)
                 stop.wait(2.0)
                 # The living need time to renew what lapsed meanwhile.
                 next_lease_sweep = time.monotonic() + queue.DEFAULT_LEASE_S
@@ -65,12 +66,16 @@ class Readiness:
         with Session(self._engine) as session, session.begin():
             if n := queue.requeue_dead(session):
                 log.warning("dead_jobs_requeued", n=n)
+        with Session(self._engine) as session, session.begin():
+            if n := queue.restore_lost(session):
+                log.error("lost_jobs_restored", n=n)
 
     def sweep_once(self) -> bool:
         """Judge one analysis that is due; False when none is."""
         with Session(self._engine) as session, session.begin():
-            due = session.scalar(
-                select(AnalysisRow)
+            due = session.execute(
+                select(AnalysisRow.id, StudyRow)
+                .join(StudyRow, StudyRow.id == AnalysisRow.study_id)
                 .where(
                     # A moment further ahead than any wait was written before the clock was set
                     # back: it is due.
@@ -82,25 +87,28 @@ class Readiness:
                 )
                 .order_by(AnalysisRow.judge_at)
                 .limit(1)
-                .with_for_update(skip_locked=True)
-            )
+                # The study: no instance is accepted between the reading and the move.
+                .with_for_update(of=StudyRow, key_share=True, skip_locked=True)
+            ).one_or_none()
             if due is None:
                 return False
-            self._judge(session, due)
+            analysis_id, study = due
+            self._judge(session, session.get_one(AnalysisRow, analysis_id), study)
             return True
 
     def _longest_wait(self) -> dt.timedelta:
         waits = [t.quiet_period_s + t.max_wait_s for t in self._tenants.values()]
         return dt.timedelta(seconds=max(waits, default=0.0) + 60)
 
-    def _judge(self, session: Session, row: AnalysisRow) -> None:
-        # Locked, so that no instance is accepted between the reading and the move.
-        study = session.execute(
-            select(StudyRow).where(StudyRow.id == row.study_id).with_for_update()
-        ).scalar_one()
+    def _judge(self, session: Session, row: AnalysisRow, study: StudyRow) -> None:
         tenant = self._tenants.get(study.tenant)
         if tenant is None:  # taken out of the configuration: its studies rest
             self._look_again(session, row, None)
+            return
+        if _is_being_stored(session, study.id):
+            # Rows come before files: what is not stored yet must not be taken for missing.
+            soon = func.now() + dt.timedelta(seconds=STORING_S)
+            self._look_again(session, row, soon)
             return
         verdict = select_images(session, study.id, self._manifests[row.bundle])
         analysis = studies.load(session, row.id)
@@ -164,13 +172,36 @@ class Readiness:
         log.info("study_ready", analysis_id=analysis.id, n_instances=len(chosen.instance_ids))
         return False
 
-    def _look_again(self, session: Session, row: AnalysisRow, at: dt.datetime | None) -> None:
+    def _look_again(
+        self,
+        session: Session,
+        row: AnalysisRow,
+        at: dt.datetime | ColumnElement[dt.datetime] | None,
+    ) -> None:
         session.execute(update(AnalysisRow).where(AnalysisRow.id == row.id).values(judge_at=at))
 
 
 def select_images(session: Session, study_id: int, manifest: Manifest) -> Selection | Eligibility:
     """What a bundle would analyse of a study as it is now."""
-    return judge(headers_of(session, study_id), manifest)
+    return choose(headers_of(session, study_id), manifest)
+
+
+def choose(headers: Mapping[str, InstanceHeader], manifest: Manifest) -> Selection | Eligibility:
+    """As `eligibility.judge`, whatever the headers hold."""
+    try:
+        return judge(headers, manifest)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # Values that no scanner writes: one study's headers must not stop everybody's.
+        log.error("judging_failed", exc_type=type(error).__name__)
+        reason = "The headers hold values that cannot be judged."
+        return Eligibility("judging_failed", type(error).__name__, "plausible values", reason)
+
+
+def _is_being_stored(session: Session, study_id: int) -> bool:
+    query = select(InstanceRow.id).where(
+        InstanceRow.study_id == study_id, InstanceRow.stored_at.is_(None)
+    )
+    return session.scalar(query.limit(1)) is not None
 
 
 def headers_of(

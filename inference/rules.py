@@ -178,7 +178,13 @@ def orientation_refusal(
     return None
 
 
+_FURTHEST_MM = 1e5
+
+
 def _position(header: InstanceHeader, manifest: Manifest) -> Eligibility | None:
+    if any(abs(value) > _FURTHEST_MM for value in header.position or ()):
+        limit = f"within {_FURTHEST_MM:g} mm"
+        return Eligibility("position", "beyond", limit, "An image's position is not plausible.")
     is_known = header.frames > 1 or (header.position and len(header.position) == 3)
     if manifest.selection.unit == "image" or is_known:  # a multi-frame's stand with its frames
         return None

@@ -9,6 +9,7 @@ only when there is room for it.
 import contextlib
 import datetime as dt
 import queue as threads
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +17,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Tenant
 from db import queue, results
-from db.errors import DatabaseAway, NodeError, StaleAnalysis
+from db.errors import DatabaseAway, NodeError, PermanentError, StaleAnalysis, TransientError
 from db.files import result_folder, write_durably
 from db.job import JobKind
 from db.process import Stop
@@ -45,6 +46,18 @@ LEASE_S = 60.0
 RENEW_S = 15.0
 DATABASE_RETRY_S = 2.0
 POLL_S = 0.5  # NOTIFY is only a hint, and a poll is cheap
+
+
+class InferenceCrashed(TransientError):
+    """An error that nobody foresaw, on one study; the message is the exception's type."""
+
+    code: ClassVar[str] = "inference_crashed"
+
+
+class TenantGone(PermanentError):
+    """The tenant left the configuration while its study was under way."""
+
+    code: ClassVar[str] = "tenant_gone"
 
 
 @dataclass(eq=False)
@@ -84,25 +97,29 @@ class Scheduler:
         self._batcher = Batcher(settings.inference.max_batch)
         self._flights: dict[int, InFlight] = {}
         self._loaded: threads.SimpleQueue[int] = threads.SimpleQueue()
-        self._renewed_at = time.monotonic()
+        self._is_draining = False  # a suspect waits until nothing else is under way
 
     def run(self) -> None:
         """Work until told to stop; what is under way then goes back to the queue."""
+        ended = threading.Event()
+        heart = threading.Thread(target=self._renew_until, args=(ended,), name="leases")
+        heart.start()
         try:
             while not self._stop.is_set():
                 try:
                     if not self.step():
                         self.wait()
-                except OperationalError:
+                except DBAPIError:
                     # Nothing is lost: leases run out, and what was scored is scored again.
                     log.warning("database_away", exc_code=DatabaseAway.code)
                     self._stop.wait(DATABASE_RETRY_S)
         finally:
+            ended.set()
+            heart.join()
             self.close()
 
     def step(self) -> bool:
         """One round: claim, take in what is loaded, run one batch. False when there was nothing."""
-        self._renew()
         claimed = self._claim()
         taken = self._take_loaded()
         return self._run_batch() or claimed or taken
@@ -114,7 +131,7 @@ class Scheduler:
             try:
                 with Session(self._engine) as session, session.begin():
                     queue.release(session, flight.job)
-            except OperationalError:
+            except DBAPIError:
                 break  # the leases run out by themselves
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._loader.close()
@@ -133,18 +150,19 @@ class Scheduler:
         else:
             self._stop.wait(POLL_S)
 
-    def _renew(self) -> None:
-        if time.monotonic() - self._renewed_at < RENEW_S:
-            return
-        self._renewed_at = time.monotonic()
-        if self._flights:
-            with Session(self._engine) as session, session.begin():
-                queue.renew(session, list(self._flights), self._worker, lease_s=LEASE_S)
+    def _renew_until(self, ended: threading.Event) -> None:
+        """Keep the leases in a thread of its own: a step can take longer than one."""
+        while not ended.wait(RENEW_S):
+            try:
+                with Session(self._engine) as session, session.begin():
+                    queue.renew(session, list(self._flights), self._worker, lease_s=LEASE_S)
+            except DBAPIError as error:
+                log.warning("database_away", exc_type=type(error).__name__)
 
     def _claim(self) -> bool:
-        if len(self._flights) >= self._room:
+        if len(self._flights) >= self._room or (self._is_draining and self._flights):
             return False
-        with Session(self._engine) as session, session.begin():
+        with Session(self._engine) as session:
             job = queue.claim(
                 session,
                 [JobKind.INFER],
@@ -152,9 +170,13 @@ class Scheduler:
                 lease_s=LEASE_S,
                 bundles=list(self._served),
             )
-            bundle = queue.bundle_of(session, job) if job else ""
-        if job is None:
-            return False
+            # What a worker died of runs alone, so that its death is nobody else's.
+            self._is_draining = job is not None and job.is_suspect
+            if job is None or (self._is_draining and self._flights) or job.id in self._flights:
+                session.rollback()
+                return False
+            bundle = queue.bundle_of(session, job)
+            session.commit()
         log.info("job_claimed", job_id=job.id, tenant=job.tenant, bundle=bundle)
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         future = self._pool.submit(self._loader.load, job, self._served[bundle].bundle)
@@ -174,6 +196,12 @@ class Scheduler:
             made = flight.loading.result()
         except NodeError as error:
             self._fail(flight, error)
+            return True
+        except DBAPIError:  # the loader's own reading: nothing of the study's
+            self._give_back(flight)
+            return True
+        except Exception as error:  # noqa: BLE001 - the worker loop records it and goes on
+            self._fail(flight, InferenceCrashed(type(error).__name__))
             return True
         if isinstance(made, Eligibility):
             self._end(flight, made)
@@ -195,9 +223,7 @@ class Scheduler:
         except DeviceFault as fault:
             log.error("device_failed", exc_code=fault.code)
             for work, _, _ in batch.parts:
-                self._batcher.discard(work.key)
-                job = self._flights.pop(work.key).job
-                self._commit(lambda session, job=job: queue.release(session, job))  # type: ignore[misc]
+                self._give_back(self._flights[work.key])
             raise
         log.debug("batch_scored", n=batch.n, duration_s=round(time.monotonic() - started, 3))
         for work in batch.scatter(scored):
@@ -209,15 +235,30 @@ class Scheduler:
         """From a study's logits to a stored finding."""
         try:
             self._store(flight, work)
+        except DeviceFault:
+            self._give_back(flight)
+            raise
         except NodeError as error:
             self._fail(flight, error)
+        except DBAPIError:  # told to stop while the database was away
+            raise
+        except Exception as error:  # noqa: BLE001 - the worker loop records it and goes on
+            self._fail(flight, InferenceCrashed(type(error).__name__))
+
+    def _give_back(self, flight: InFlight) -> None:
+        """The study is not at fault: it is done again as if never begun."""
+        self._batcher.discard(flight.job.id)
+        self._flights.pop(flight.job.id, None)
+        self._commit(lambda session: queue.release(session, flight.job))
 
     def _store(self, flight: InFlight, work: Work) -> None:
         if flight.loaded is None:
             raise AssertionError("only loaded studies are batched")
         served = self._served[flight.bundle]
         prepared = flight.loaded.prepared
-        tenant = self._tenants[flight.job.tenant]
+        tenant = self._tenants.get(flight.job.tenant)
+        if tenant is None:
+            raise TenantGone("the study's tenant is no longer in the configuration")
         finding = make_finding(
             prepared,
             work.logits,
@@ -229,9 +270,13 @@ class Scheduler:
             prevalence=tenant.prevalence,
             is_partial=flight.loaded.is_partial,
         )
-        finding, maps = make_heatmaps(prepared, finding, served.bundle, served.explainer)
+        finding, maps = self._device.explain(
+            served.explainer,
+            lambda model: make_heatmaps(prepared, finding, served.bundle, model),
+        )
         write_maps(self._data_dir, flight.job.tenant, finding, maps)
-        self._commit(lambda session: results.store_finding(session, flight.job, finding))
+        chosen = flight.loaded.instance_ids
+        self._commit(lambda session: results.store_finding(session, flight.job, finding, chosen))
         self._flights.pop(flight.job.id)
         log.info(
             "finding_stored",
@@ -265,10 +310,17 @@ class Scheduler:
                 with Session(self._engine) as session, session.begin():
                     action(session)
                 return
-            except OperationalError:
+            except DBAPIError as error:
+                if not is_away(error):
+                    raise
                 log.warning("database_away", exc_code=DatabaseAway.code)
                 if self._stop.wait(DATABASE_RETRY_S):
                     raise  # the lease runs out, and another worker takes the job
+
+
+def is_away(error: DBAPIError) -> bool:
+    """Whether trying again can help: not where the statement itself is at fault."""
+    return not isinstance(error, DataError | IntegrityError | ProgrammingError)
 
 
 def write_maps(

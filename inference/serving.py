@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from db.errors import PermanentError
-from inference.bundle import Bundle, load_bundle
+from inference.bundle import Bundle, BundleError, load_bundle
 from inference.model import check_reference, load_model
 
 log = structlog.get_logger()
@@ -88,6 +88,9 @@ def load_served(
 
 def _load(folder: Path, device: torch.device) -> Served:
     bundle = load_bundle(folder)
+    if bundle.name != folder.resolve().name:
+        # Tenants name bundles by their folders, analyses by their manifests: they must agree.
+        raise BundleError(f"{folder}: its manifest calls it {bundle.name!r}; rename the folder")
     model = load_model(bundle, device)
     # fp32 is the reference and serves everywhere; a bundle that misses its own numbers does not.
     check_reference(bundle, model)

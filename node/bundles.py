@@ -6,6 +6,7 @@ from typing import Any
 import weights
 from config.settings import Settings
 from inference.bundle import MANIFEST, BundleError, load_bundle
+from inference.bundle import check_overrides as bundle_overrides
 
 SHIPPED = Path(weights.__file__).parent
 
@@ -21,6 +22,23 @@ def listed(settings: Settings) -> list[dict[str, Any]]:
     configured = [folder_of(model) for model in settings.inference.models]
     shipped = sorted(path.parent for path in SHIPPED.glob(f"*/{MANIFEST}"))
     return [_entry(folder, settings) for folder in dict.fromkeys([*configured, *shipped])]
+
+
+def check_overrides(settings: Settings) -> None:
+    """Refuse a tenant's thresholds and prevalences that could never take effect.
+
+    Raises
+    ------
+    BundleError
+        For one that names no validated label; a bundle that cannot be read is its stage's to tell.
+    """
+    for model in settings.inference.models:
+        try:
+            bundle = load_bundle(folder_of(model))
+        except BundleError:
+            continue
+        for tenant in settings.tenants:
+            bundle_overrides(bundle, tenant.thresholds, tenant.prevalence)
 
 
 def _entry(folder: Path, settings: Settings) -> dict[str, Any]:

@@ -274,6 +274,12 @@ def main() -> None:
     except NodeError as error:
         complain(f"{error.code}: {error}")
         sys.exit(FAILED)
+    except Exception as error:
+        # By name: SQLAlchemy is not loaded for commands that need no database.
+        if type(error).__module__ != "sqlalchemy.exc" or not hasattr(error, "orig"):
+            raise
+        complain(f"database_away: the database does not answer ({type(error).__name__})")
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

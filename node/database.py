@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import Engine, text
 
 from config.settings import Settings
 from db import embedded, engine
 from db.errors import PermanentError
+from db.spool import FolderLock, SpoolBusy
+from node.supervisor import SERVE_LOCK
 
 
 class NeverStarted(PermanentError):
@@ -33,7 +36,7 @@ def opened(settings: Settings, *, create: bool = False) -> Iterator[Engine]:
     is_embedded = not settings.node.database_url.get_secret_value()
     if is_embedded and not create and not (data_dir / "database" / "cluster").exists():
         raise NeverStarted(f"no node has run in {data_dir} yet: start it with `vigil serve`")
-    was_down = is_embedded and not embedded.is_running(data_dir)
+    was_down = is_embedded and not embedded.is_running(data_dir) and not is_served(data_dir)
     if create:
         engine.upgrade(settings)
     opened_engine = engine.engine_for(settings, "node", pool_size=2)
@@ -47,6 +50,17 @@ def opened(settings: Settings, *, create: bool = False) -> Iterator[Engine]:
         opened_engine.dispose()
         if is_alone:
             embedded.stop(data_dir)
+
+
+def is_served(data_dir: Path) -> bool:
+    """Whether a `vigil serve` runs on this folder; the server is its business then."""
+    if not data_dir.exists():
+        return False
+    try:
+        FolderLock(data_dir, SERVE_LOCK).close()
+    except SpoolBusy:
+        return True
+    return False
 
 
 def _has_others(opened_engine: Engine) -> bool:

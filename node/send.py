@@ -140,7 +140,10 @@ def echo(peer: Peer) -> str:
     """C-ECHO; empty when answered with success, else what went wrong."""
     ae = _entity(peer)
     ae.add_requested_context("1.2.840.10008.1.1")
-    association = _associate(ae, peer)
+    try:
+        association = _associate(ae, peer)
+    except OSError as error:  # its name does not resolve
+        return f"no connection ({error.strerror or type(error).__name__})"
     if not association.is_established:
         return _why_not(association)
     try:
@@ -158,7 +161,13 @@ def _over_one_association(
     ae = _entity(peer)
     for sop_class, syntax in contexts:
         ae.add_requested_context(sop_class, syntax)
-    association = _associate(ae, peer)
+    try:
+        association = _associate(ae, peer)
+    except OSError as error:  # its name does not resolve
+        reason = f"no connection ({error.strerror or type(error).__name__})"
+        for file in files:
+            yield Sent(file.name, Outcome.NOT_SENT, None, reason, file.sop_instance_uid)
+        return
     reason = "" if association.is_established else _why_not(association)
     with sole_reader(association):
         for file in files:

@@ -18,7 +18,8 @@ import structlog
 
 from config import logs
 from config.settings import Settings, SettingsError, load
-from db.errors import TransientError
+from db.errors import PermanentError, TransientError
+from db.spool import FolderLock, SpoolBusy
 
 log = structlog.get_logger()
 
@@ -33,6 +34,8 @@ CRASH_LOOP = 5  # exits in a row after which it is said loudly
 STOP_GRACE_S = 30.0
 TICK_S = 0.2
 PREPARE_AGAIN_S = 2.0
+TEND_S = 5.0
+SERVE_LOCK = "serve.lock"  # held for as long as `vigil serve` runs on a data folder
 
 
 @dataclass(slots=True)
@@ -66,12 +69,13 @@ class Supervisor:
         say: Callable[[str], None],
         prepare: Callable[[], None] = lambda: None,
         on_ready: Callable[[Sequence[Stage]], None] = lambda _: None,
+        tend: Callable[[], None] = lambda: None,
         environment: Mapping[str, str] | None = None,
         backoff_first_s: float = BACKOFF_FIRST_S,
     ) -> None:
         self.stages = [Stage(name, command) for name, command in commands.items()]
         self._say = say
-        self._prepare, self._on_ready = prepare, on_ready
+        self._prepare, self._on_ready, self._tend = prepare, on_ready, tend
         self._environment = {**os.environ, **(environment or {})}
         self._backoff_first_s = backoff_first_s
         self._lines: queue.SimpleQueue[tuple[Stage, bytes]] = queue.SimpleQueue()
@@ -90,9 +94,13 @@ class Supervisor:
             self._prepare_all()
             for stage in self.stages[1:]:
                 stage.start_again_at = 0.0
+            tended_at = time.monotonic()
             while not self._is_stopping:
                 self._watch()
                 self._pass_on(TICK_S)
+                if time.monotonic() - tended_at > TEND_S:
+                    self._tend()
+                    tended_at = time.monotonic()
         finally:
             self._stop_all()
         return self.exit_status
@@ -235,22 +243,48 @@ def serve(config: Path | None) -> int:
     """Everything on this machine; returns the exit status."""
     settings = load(config)
     logs.set_up("supervisor", settings.node.log_level)
+    try:
+        lock = FolderLock(settings.node.data_dir, SERVE_LOCK)
+    except SpoolBusy:
+        _say(f"a node already runs on {settings.node.data_dir}: stop it, or use another folder")
+        return WRONG_CONFIGURATION
     supervisor = Supervisor(
         {stage: ["-m", stage] for stage in STAGES},
         say=_say,
         prepare=lambda: _upgrade(settings),
         on_ready=lambda stages: _offer_set_up_link(settings, stages),
+        tend=lambda: _tend_database(settings),
         environment={"VIGIL_CONFIG": str(config.resolve())} if config else {},
     )
     _obey_signals(supervisor, config)
     try:
         return supervisor.run()
     finally:
-        if not settings.node.database_url.get_secret_value():
+        if _is_embedded(settings):
             from db import embedded
 
             embedded.stop(settings.node.data_dir)
+        lock.close()
         log.info("stopped")
+
+
+def _is_embedded(settings: Settings) -> bool:
+    return not settings.node.database_url.get_secret_value()
+
+
+def _tend_database(settings: Settings) -> None:
+    """Start an embedded server that was killed; a hospital's own is not ours to mend."""
+    if not _is_embedded(settings):
+        return
+    from db import embedded
+
+    if embedded.is_running(settings.node.data_dir):
+        return
+    log.error("database_started_again")
+    try:
+        embedded.start(settings.node.data_dir)
+    except embedded.EmbeddedFailed as error:
+        _say(str(error))
 
 
 def _upgrade(settings: Settings) -> None:
@@ -265,9 +299,11 @@ def _obey_signals(supervisor: Supervisor, config: Path | None) -> None:
         supervisor.stop()
 
     def reload(*_: Any) -> None:
+        from node.bundles import check_overrides
+
         try:
-            load(config)
-        except SettingsError as error:
+            check_overrides(load(config))
+        except (SettingsError, PermanentError) as error:
             _say(f"not reloaded: {error}")
             return
         supervisor.signal_all(signal.SIGHUP)

@@ -28,8 +28,10 @@ def main(config: Path | None = None) -> int:
     try:
         plain, secure = _sockets(settings.scp)
     except OSError as error:
+        where = f"{settings.scp.host}:{settings.scp.port}"
+        print(f"cannot listen on {where}: {error.strerror}", file=sys.stderr)  # noqa: T201 - as above
         log.error("not_listening", exc_type=type(error).__name__, port=settings.scp.port)
-        return 1
+        return 2
     children = _children(config, settings.scp.processes, plain, secure)
 
     def reload(_: int, __: FrameType | None) -> None:

@@ -86,6 +86,10 @@ class Stages:
                 .values(judge_at=func.now())
             )
 
+    def judge_once(self) -> None:
+        self.pass_quiet_period()
+        assert self.readiness.sweep_once()
+
     def judge(self) -> None:
         self.pass_quiet_period()
         while self.readiness.sweep_once():

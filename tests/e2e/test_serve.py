@@ -238,3 +238,35 @@ def test_reception_starts_first_and_goes_on_while_the_database_is_away():
     assert tries == [True, True]
     assert "the database does not answer; reception goes on, the other stages wait for it" in said
     assert supervisor.stages[1].process is None
+
+
+def test_a_second_node_on_the_same_folder_is_refused_and_the_first_goes_on(node_config, tmp_path):
+    with RunningNode(node_config, tmp_path / "first.log") as first:
+        first.wait_ready(180)
+
+        second = subprocess.run(
+            [sys.executable, "-m", "node.cli", "serve", "--config", str(node_config)],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+        assert second.returncode == 2
+        assert "a node already runs on" in second.stdout
+        assert embedded.is_running(tmp_path / "var")
+
+
+def test_h40_a_killed_database_server_is_started_again(node_config, tmp_path):
+    with RunningNode(node_config, tmp_path / "node.log") as node:
+        node.wait_ready(180)
+        pid_file = tmp_path / "var" / "database" / "cluster" / "postmaster.pid"
+        before = int(pid_file.read_text().splitlines()[0])
+
+        os.kill(before, signal.SIGKILL)
+
+        wait_for(lambda: not psutil.pid_exists(before))
+        wait_for(
+            lambda: (
+                embedded.is_running(tmp_path / "var")
+                and int(pid_file.read_text().splitlines()[0]) != before
+            ),
+            60.0,
+        )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, create_engine, event, func, select, text, update
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
@@ -60,6 +60,10 @@ def pacs() -> Iterator[Pacs]:
 def destination(port: int, name: str = "pacs", **changes: object) -> Destination:
     fields = {"name": name, "ae_title": "PACS", "host": "127.0.0.1", "port": port, **changes}
     return Destination(**fields)  # type: ignore[arg-type]
+
+
+def analysed(finding: Finding) -> list[str]:
+    return [image.instance_id for image in finding.images]
 
 
 @dataclass
@@ -117,7 +121,7 @@ class Node:
             job = queue.claim(session, [JobKind.INFER], "infer")
             assert job is not None
             assert job.analysis_id == analysis_id
-            results.store_finding(session, job, finding)
+            results.store_finding(session, job, finding, analysed(finding))
         return uuid.UUID(finding.result_uuid)
 
     def keep_maps(self, finding: Finding) -> None:
@@ -570,7 +574,7 @@ def test_two_tenants_with_one_study_uid_reach_their_own_pacs(node, pacs):
                 result_uuid=str(uuid.uuid4()),
                 positive=False,
             )
-            results.store_finding(session, job, finding)
+            results.store_finding(session, job, finding, analysed(finding))
 
         node.deliverer.run_once()
 
@@ -618,3 +622,102 @@ def free_port() -> int:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
+
+
+@contextmanager
+def cut_once(engine: Engine, part: str) -> Iterator[list[str]]:
+    """Let the server end the connection on which a statement with `part` is about to run, once."""
+    cut: list[str] = []
+    owner = create_engine(engine.url)  # without the role of a stage, which may end nothing
+
+    def listen(connection, _cursor, statement, *_rest) -> None:
+        if part in statement and not cut:
+            cut.append(statement)
+            pid = connection.connection.driver_connection.info.backend_pid
+            with owner.connect() as other:
+                other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+            time.sleep(0.2)  # it ends when it next looks
+
+    event.listen(engine, "before_cursor_execute", listen)
+    try:
+        yield cut
+    finally:
+        event.remove(engine, "before_cursor_execute", listen)
+        owner.dispose()
+
+
+def test_what_the_pacs_has_is_written_down_though_the_database_was_away(node, pacs):
+    node.sends_to(destination(pacs.port))
+    analysis_id = node.study()
+    result_id = node.found(analysis_id)
+    assert node.deliverer._builder.build_once()
+
+    with cut_once(node.engine, "finished_at=now()") as cut:
+        node.deliverer.run_once()
+
+    assert cut
+    assert node.state(analysis_id) == AnalysisState.DELIVERED
+    assert len(node.delivery(result_id).statuses) == 6
+    assert len(pacs.received) == 6
+
+
+def test_what_was_built_is_written_down_though_the_database_was_away(node, pacs):
+    node.sends_to(destination(pacs.port))
+    analysis_id = node.study()
+    node.found(analysis_id)
+
+    with cut_once(node.engine, "INSERT INTO deliveries") as cut:
+        assert node.deliverer._builder.build_once()
+
+    assert cut
+    assert node.state(analysis_id) == AnalysisState.BUILT
+
+
+def spoil_last(node: Node, result_id: uuid.UUID) -> Path:
+    row = node.objects()[-1]
+    path = result_folder(node.data_dir, "north", result_id) / f"{row.sop_instance_uid}.dcm"
+    path.write_bytes(b"no data set")
+    return path
+
+
+def test_a_stored_object_that_changed_is_withheld(node, pacs):
+    node.sends_to(destination(pacs.port))
+    analysis_id = node.study()
+    result_id = node.found(analysis_id)
+    assert node.deliverer._builder.build_once()
+    spoil_last(node, result_id)
+
+    node.deliverer.run_once()
+
+    assert pacs.received == []
+    assert node.delivery(result_id).error_code == "objects_gone"
+    assert node.state(analysis_id) == AnalysisState.DELIVERED_IN_PART
+
+
+def test_an_object_that_cannot_be_sent_is_not_left_to_its_lease(node, pacs):
+    node.sends_to(destination(pacs.port))
+    result_id = node.found(node.study())
+    assert node.deliverer._builder.build_once()
+    digest = hashlib.sha256(spoil_last(node, result_id).read_bytes()).hexdigest()
+    with Session(node.engine) as session, session.begin():
+        last = select(func.max(ObjectRow.seq)).scalar_subquery()
+        session.execute(update(ObjectRow).where(ObjectRow.seq == last).values(sha256=digest))
+
+    node.deliverer.run_once()
+
+    row = node.delivery(result_id)
+    assert (row.state, row.error_code, row.lease_until) == ("WAITING", "sending_crashed", None)
+
+
+def test_what_no_sender_is_left_for_expires(node, pacs):
+    node.sends_to(destination(pacs.port))
+    analysis_id = node.study()
+    node.found(analysis_id)
+    assert node.deliverer._builder.build_once()
+    with Session(node.engine) as session, session.begin():
+        session.execute(update(DeliveryRow).values(expires_at=func.now()))
+    node.sends_to()
+
+    assert node.deliverer.sweep()
+
+    assert node.state(analysis_id) == AnalysisState.DELIVERED_IN_PART

@@ -6,11 +6,13 @@ import hashlib
 import numpy as np
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from db import operator
+from db.job import MAX_ATTEMPTS
 from db.result import Finding
-from db.tables import AnalysisRow, EventRow, JobRow, ResultRow, StudyRow
+from db.tables import AnalysisRow, EventRow, InstanceRow, JobRow, ResultRow, StudyRow
 from inference.serving import load_served, pick_device
 from tests.bundles.make import make_bundle
 from tests.bundles.sources import head_series, radiograph
@@ -171,6 +173,86 @@ def test_an_image_that_cannot_be_decoded_ends_in_a_stated_failure(stages):
     assert row.reason_code
     with Session(stages.engine) as session:
         assert session.scalars(select(EventRow).where(EventRow.is_alarm)).first() is not None
+
+
+def test_what_is_not_stored_yet_is_not_taken_for_missing(stages):
+    stages.receive(patient(head_series()))
+    with Session(stages.engine) as session, session.begin():
+        one = session.scalars(select(InstanceRow).limit(1)).one()
+        one.stored_at, key = None, one.id
+
+    stages.judge_once()
+    assert analysis(stages).state == "WAITING"
+
+    with Session(stages.engine) as session, session.begin():
+        session.get_one(InstanceRow, key).stored_at = func.now()
+    stages.judge()
+    stages.infer()
+    assert analysis(stages).is_partial is False
+    assert len(analysis(stages).analysed_ids) == 16
+
+
+def test_headers_that_no_scanner_writes_stop_nobody(stages):
+    strange = patient(head_series(n=4, SeriesInstanceUID="1.2.3.77"))
+    for sign, image in zip((1, -1, 1, -1), strange, strict=True):
+        image.ImagePositionPatient = ["0", "0", f"{sign}1e308".replace("1-", "-")]
+    stages.receive(strange)
+
+    stages.judge()
+
+    assert analysis(stages).state == "NOT_ANALYSED"
+    assert analysis(stages).reason
+
+
+def test_a_repeated_position_issues_nothing_again_when_something_else_arrives(stages):
+    images = patient(head_series())
+    twin = patient(head_series(SeriesNumber=2))[5]
+    twin.SOPInstanceUID = twin.file_meta.MediaStorageSOPInstanceUID = "2.25.4711"
+    stages.receive([*images, twin])
+    stages.judge()
+    stages.infer()
+    assert len(results(stages)) == 1
+
+    stages.receive(patient(head_series(n=2, SeriesInstanceUID="1.2.3.99", SeriesNumber=9)))
+    stages.judge()
+    stages.infer()
+
+    assert len(results(stages)) == 1
+
+
+def test_a_database_that_is_away_while_loading_costs_the_study_nothing(stages, database_url):
+    stages.receive(patient(head_series()))
+    stages.judge()
+    load, calls = stages.scheduler._loader.load, []
+
+    def cut(job, bundle):
+        calls.append(job.id)
+        if len(calls) == 1:
+            raise OperationalError("", {}, Exception())
+        return load(job, bundle)
+
+    stages.scheduler._loader.load = cut
+    stages.infer()
+
+    assert len(calls) == 2
+    assert analysis(stages).state == "FOUND"
+
+
+def test_an_error_nobody_foresaw_ends_in_a_stated_failure_not_in_a_crash_loop(stages):
+    stages.receive(patient(head_series()))
+    stages.judge()
+
+    def broken(job, bundle):
+        raise RuntimeError("unforeseen")
+
+    stages.scheduler._loader.load = broken
+    for _ in range(MAX_ATTEMPTS):
+        with Session(stages.engine) as session, session.begin():
+            session.execute(update(JobRow).values(run_after=func.now()))
+        stages.infer()
+
+    row = analysis(stages)
+    assert (row.state, row.reason_code) == ("FAILED", "inference_crashed")
 
 
 def test_work_under_way_goes_back_when_the_worker_stops(stages):

@@ -1,6 +1,7 @@
 """Moves, jobs and the outbox against a real PostgreSQL."""
 
 import datetime as dt
+import threading
 import uuid
 
 import pytest
@@ -13,7 +14,16 @@ from db.errors import IllegalMove, PermanentError, StaleAnalysis, TransientError
 from db.job import MAX_ATTEMPTS, JobKind, JobState
 from db.outbox import DeliveryState
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, RequestRow, ResultRow, StudyRow
+from db.tables import (
+    AnalysisRow,
+    DeliveryRow,
+    DestinationRow,
+    EventRow,
+    JobRow,
+    RequestRow,
+    ResultRow,
+    StudyRow,
+)
 
 TENANT = Tenant(id="north", ae_titles=("NORTH_AI",), models=("one", "two"))
 PACS = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=104)
@@ -279,6 +289,7 @@ def test_a_newer_result_drops_an_unsent_one_and_waits_for_a_part_sent_one(engine
     with Session(engine) as session, session.begin():
         outbox.postpone(session, part, {"1.2": "0000"}, error_code="aborted")
         outbox._destination_answers(session, part)
+        session.execute(update(DeliveryRow).values(run_after=func.now()))
 
     owe(engine, analysis_id, 2, PACS, ARCHIVE)
 
@@ -342,3 +353,94 @@ def test_a_request_for_another_tenants_analysis_is_refused(engine):
     with Session(engine) as session:
         outcomes = dict(session.execute(select(RequestRow.tenant, RequestRow.outcome)).all())
     assert outcomes == {"south": "not_yours", "north": "done"}
+
+
+def test_two_destinations_that_finish_together_leave_it_delivered(engine):
+    analysis_id = built(engine, PACS, ARCHIVE)
+    one, other = claim_delivery(engine, "pacs"), claim_delivery(engine, "archive")
+
+    def accept_other() -> None:
+        with Session(engine) as session, session.begin():
+            outbox.accept(session, other, {"1.2": "0x0000"})
+
+    thread = threading.Thread(target=accept_other)
+    with Session(engine) as session, session.begin():
+        outbox.accept(session, one, {"1.2": "0x0000"})
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()  # until this one is committed
+    thread.join(10)
+
+    assert state_of(engine, analysis_id) == ("DELIVERED", "DONE")
+
+
+def test_an_object_that_upsets_a_destination_holds_up_no_other(engine):
+    built(engine, PACS, uid="1.1", lane=0)
+    other = built(engine, PACS, uid="1.2", lane=1)
+    with Session(engine) as session, session.begin():
+        outbox.postpone(session, claim_delivery(engine), {}, error_code="0xA700")
+
+    with Session(engine) as session, session.begin():
+        destination = session.scalars(select(DestinationRow)).one()
+        wait = destination.retry_at - session.scalar(select(func.now()))
+        assert (destination.failures, wait <= dt.timedelta(seconds=2)) == (0, True)
+        destination.retry_at = func.now()
+
+    assert claim_delivery(engine).analysis_id == other
+    assert claim_delivery(engine) is None
+
+
+def test_nothing_is_sent_again_that_was_never_sent(engine):
+    analysis_id = built(engine)
+    with Session(engine) as session, session.begin():
+        outbox.settle(session, analysis_id)
+
+    with Session(engine) as session, pytest.raises(IllegalMove):
+        operator.resend(session, analysis_id, actor="test")
+
+    assert state_of(engine, analysis_id)[0] == "DELIVERED"
+
+
+def test_a_delivery_without_a_sender_expires_and_one_under_way_does_not(engine):
+    analysis_id = built(engine, PACS, ARCHIVE)
+    held = claim_delivery(engine, "archive")
+    assert not expire(engine)  # not yet
+    with Session(engine) as session, session.begin():
+        session.execute(update(DeliveryRow).values(expires_at=func.now()))
+
+    assert (expire(engine), expire(engine)) == (True, False)
+    assert state_of(engine, analysis_id)[0] == "BUILT"
+    with Session(engine) as session, session.begin():
+        outbox.accept(session, held, {"1.2": "0x0000"})
+
+    assert state_of(engine, analysis_id) == ("DELIVERED_IN_PART", "DONE_WITH_GAPS")
+    with Session(engine) as session:
+        alarm = session.scalars(select(EventRow).where(EventRow.is_alarm)).one()
+        assert (alarm.kind, alarm.detail["destination"]) == ("delivery_expired", "pacs")
+
+
+def expire(engine: Engine) -> bool:
+    with Session(engine) as session, session.begin():
+        return outbox.expire_next(session, "sweep")
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_whoever_lost_the_lease_writes_nothing(engine, is_taken):
+    analysis_id = built(engine, PACS)
+    old = claim_delivery(engine)
+    with Session(engine) as session, session.begin():
+        session.execute(update(DeliveryRow).values(lease_until=func.now()))
+    with Session(engine) as session, session.begin():
+        new = outbox.claim_due(session, "north", "pacs", "another")
+        if not is_taken:
+            outbox.release(session, new)
+
+    for outcome in (outbox.accept, outbox.postpone, outbox.refuse):
+        code = {} if outcome is outbox.accept else {"error_code": "no_answer"}
+        with pytest.raises(StaleAnalysis), Session(engine) as session, session.begin():
+            outcome(session, old, {"1.2": "0x0000"}, **code)
+
+    assert state_of(engine, analysis_id)[0] == "BUILT"
+    with Session(engine) as session:
+        row = session.scalars(select(DeliveryRow)).one()
+        assert (row.state, row.statuses) == ("SENDING" if is_taken else "WAITING", {})

@@ -1,7 +1,9 @@
 """One association with a destination, over loopback against a real SCP (H33, H34)."""
 
+import hashlib
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pydicom
@@ -10,7 +12,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossl
 
 from dicom_sr.build import build_objects
 from dicom_sr.plan import SR_CLASSES, Context, Variant
-from dicom_sr.push import Answer, Outcome, Parcel, Peer, answer_for, is_delivered, push
+from dicom_sr.push import Answer, ObjectsGone, Outcome, Parcel, Peer, answer_for, is_delivered, push
 from tests.findings import by_index, make_finding, make_maps, make_pixels, synthetic_headers
 from tests.peers import Pacs
 
@@ -35,7 +37,7 @@ def built(folder: Path, **variant: object) -> list[Parcel]:
         path = folder / f"{one.sop_instance_uid}.dcm"
         path.write_bytes(one.data)
         uids = (one.sop_class_uid, one.sop_instance_uid, one.transfer_syntax_uid)
-        parcels.append(Parcel(one.role, *uids, path))
+        parcels.append(Parcel(one.role, *uids, path, hashlib.sha256(one.data).hexdigest()))
     return parcels
 
 
@@ -266,3 +268,19 @@ def test_a_peer_that_hangs_up_is_tried_again(parcels):
 
     assert sent.error
     assert sent.answers == {}
+
+
+def test_a_host_that_does_not_resolve_is_tried_again(parcels):
+    sent = push(replace(peer(104), host="no-such-host.invalid"), parcels)
+
+    assert (sent.error, sent.answers) == ("no_connection", {})
+
+
+def test_an_object_that_changed_is_never_sent(tmp_path):
+    parcels = built(tmp_path, roles=("summary",))
+    parcels[0].path.write_bytes(parcels[0].path.read_bytes() + b"\0")
+
+    with Pacs() as pacs, pytest.raises(ObjectsGone):
+        push(peer(pacs.port), parcels)
+
+    assert pacs.received == []

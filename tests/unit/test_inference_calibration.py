@@ -141,8 +141,23 @@ def chance(value: float) -> CalibratedProbability:
 def test_what_is_implied_is_at_least_as_probable_through_chains(whole, part, piece):
     chances = {"whole": chance(whole), "part": chance(part), "piece": chance(piece)}
 
-    made = implied(chances, {"whole": (), "part": ("whole",), "piece": ("part",)})
+    implies = {"whole": (), "part": ("whole",), "piece": ("part",)}
+    made = implied(chances, implies, dict.fromkeys(implies, 0.4))
 
     assert made["whole"].reference == max(whole, part, piece)
-    assert made["part"].value == max(part, piece)
+    assert made["part"].reference == max(part, piece)
+    assert made["part"].value == pytest.approx(min(max(part, piece, 0.01), 0.99))
     assert made["piece"] == chances["piece"]
+
+
+def test_what_is_implied_is_shown_at_its_own_prevalence():
+    rare = CalibratedProbability(0.05, 0.05, 0.3, 0.001, 0.9)
+
+    made = implied(
+        {"whole": rare, "part": chance(0.5)}, {"whole": (), "part": ("whole",)},
+        {"whole": 0.4, "part": 0.4},
+    )  # fmt: skip
+
+    assert made["whole"].reference == 0.5
+    assert made["whole"].value == pytest.approx(shift(0.5, 0.4, 0.05))
+    assert made["whole"].prevalence == 0.05

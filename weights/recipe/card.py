@@ -1,4 +1,4 @@
-"""MODEL_CARD.md, written from the figures, so that it cannot say anything that was not measured."""
+"""MODEL_CARD.md: the prose of its template, with every table written from the figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,11 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
         "folds": figures["outer_folds"],
         "seed": figures["seed"],
         "labels": _labels(figures),
+        "percent_positive": round(100 * figures["final"]["calibration"]["prevalence"]),
+        "sex": _sex(figures["subgroups"]),
         "headline": _headline(figures["headline"]),
+        "brier_alone": f"{figures['headline']['brier_of_prevalence_alone']:.2f}",
+        "loss_alone": f"{figures['headline']['log_loss_of_prevalence_alone']:.2f}",
         "other_splits": _other_splits(figures["other_splits"]),
         "reliability": _reliability(figures["headline"]),
         "operating_points": _operating_points(figures),
@@ -107,6 +111,11 @@ def _subgroups(subgroups: Mapping[str, Any]) -> str:
             for name, part in subgroups.items()
         ],
     )
+
+
+def _sex(subgroups: Mapping[str, Any]) -> str:
+    parts = (f"{x['positive']} of {x['patients']} {n}" for n, x in subgroups.items() if "male" in n)
+    return f"{' and '.join(parts)} patients bleed"
 
 
 def _known(part: Mapping[str, Any], key: str) -> str:

@@ -48,8 +48,8 @@ def train(
     """Write a bundle into `out`, and return its figures (also in report/figures.json).
 
     Minutes on two cores. Features are kept in `out`/cache, so that a run that was stopped resumes;
-    the folder can be deleted afterwards. The same data, seed and folds give the same bundle on the
-    same machine.
+    the folder can be deleted afterwards. The same features, seed and folds give the same bytes;
+    features taken again may differ in their last digits, by how threads share the work.
 
     data : the folder of `ct-ich`: manifest.csv, boxes.csv, brain/
     """
