@@ -1,13 +1,24 @@
-"""An operator's hands: run an analysis again, send its objects again."""
+"""An operator's hands: run an analysis again, send its objects again, end a conflict."""
 
-from sqlalchemy import func, select, update
+import uuid
+
+from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
 from db import studies
 from db.errors import IllegalMove, NodeError, PermanentError
 from db.outbox import DeliveryState
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import AnalysisRow, AuditRow, DeliveryRow, DestinationRow, RequestRow, ResultRow
+from db.tables import (
+    AnalysisRow,
+    AuditRow,
+    DeliveryRow,
+    DestinationRow,
+    QuarantineRow,
+    RequestRow,
+    ResultRow,
+    StudyRow,
+)
 
 
 def rerun(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis:
@@ -69,6 +80,61 @@ def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysi
     _audit(session, analysis, "resend", actor)
     studies.notify(session)
     return moved
+
+
+def discard(session: Session, quarantined: uuid.UUID, *, actor: str) -> None:
+    """The newcomer is wrong and the first stays; a study without another open conflict goes on.
+
+    The file stays where it is: only the decision is written.
+
+    Raises
+    ------
+    NotOpen
+        If nothing open goes by that id.
+    """
+    row = session.get(QuarantineRow, quarantined)
+    if row is None or row.state != "OPEN":
+        raise NotOpen("nothing that is open in the quarantine goes by this id")
+    if row.study_id is not None:
+        studies.lock(session, row.study_id)
+    row.state, row.decided_at, row.decided_by = "DISCARDED", func.now(), actor
+    session.flush()
+    if row.study_id is not None:
+        _hold_while_open(session, row.study_id)
+    studies.record(
+        session,
+        "quarantine_discarded",
+        tenant=row.tenant,
+        origin=row.origin,
+        study_id=row.study_id,
+        instance_id=str(row.id),
+    )
+    session.add(
+        AuditRow(tenant=row.tenant, actor=actor, action="quarantine_discard", target=str(row.id))
+    )
+
+
+def _hold_while_open(session: Session, study_id: int) -> None:
+    is_open = session.scalar(
+        select(
+            exists().where(
+                QuarantineRow.study_id == study_id,
+                QuarantineRow.is_conflict,
+                QuarantineRow.state == "OPEN",
+            )
+        )
+    )
+    study = session.get_one(StudyRow, study_id, populate_existing=True)
+    study.is_held = bool(is_open)
+    study.row_version += 1
+    studies.refresh_state(session, study_id)
+    studies.notify(session)
+
+
+class NotOpen(PermanentError):
+    """There is nothing to decide."""
+
+    code = "not_open"
 
 
 def carry_out_requests(session: Session) -> int:

@@ -255,6 +255,29 @@ def evaluate(
     raise typer.Exit(run(model, data, seed=seed, as_json=as_json))
 
 
+quarantine = typer.Typer(no_args_is_help=True, help="What was set aside, and why.")
+app.add_typer(quarantine, name="quarantine", rich_help_panel=STUDIES)
+
+
+@quarantine.command("list")
+def quarantine_list(as_json: AsJson = False, config: Config = None) -> None:
+    """Everything that waits for a decision."""
+    from node.quarantine import entries, show
+
+    report(entries(config), show, as_json=as_json)
+
+
+@quarantine.command("discard")
+def quarantine_discard(
+    entry: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")],
+    config: Config = None,
+) -> None:
+    """The newcomer is wrong: the first stays, and the study goes on. The file is kept."""
+    from node.quarantine import discard
+
+    console().print(discard(entry, config))
+
+
 @app.command(rich_help_panel=ADMIN)
 def doctor(as_json: AsJson = False, config: Config = None) -> None:
     """Check all that has to work: database, disk, model, peers, certificates, clock."""

@@ -20,6 +20,7 @@ from db.tables import (
     DestinationRow,
     EventRow,
     JobRow,
+    QuarantineRow,
     RequestRow,
     ResultRow,
     StudyRow,
@@ -444,3 +445,34 @@ def test_whoever_lost_the_lease_writes_nothing(engine, is_taken):
     with Session(engine) as session:
         row = session.scalars(select(DeliveryRow)).one()
         assert (row.state, row.statuses) == ("SENDING" if is_taken else "WAITING", {})
+
+
+def test_a_held_study_goes_on_once_the_last_conflict_is_discarded(engine):
+    built(engine, PACS)
+    with Session(engine) as session, session.begin():
+        study = session.scalars(select(StudyRow)).one()
+        study.is_held = True
+        both = [uuid.uuid4(), uuid.uuid4()]
+        for key in both:
+            session.add(
+                QuarantineRow(
+                    id=key,
+                    tenant="north",
+                    origin="dicom",
+                    study_id=study.id,
+                    code="conflict",
+                    reason="r",
+                    is_conflict=True,
+                )
+            )
+
+    for key, is_held in zip(both, (True, False), strict=True):
+        with Session(engine) as session, session.begin():
+            operator.discard(session, key, actor="test")
+        with Session(engine) as session:
+            study = session.scalars(select(StudyRow)).one()
+            assert (study.is_held, study.state == "HELD") == (is_held, is_held)
+
+    assert claim_delivery(engine) is not None
+    with Session(engine) as session, pytest.raises(operator.NotOpen):
+        operator.discard(session, both[0], actor="test")
