@@ -105,9 +105,14 @@ def _head(draw: ImageDraw.ImageDraw, plan: Plan) -> None:
     colour = VERDICT[finding.is_positive]
     draw.rectangle((MARGIN, 116, MARGIN + 8, 176), fill=colour)
     verdict = study_words(finding.labels)
-    draw.text((MARGIN + 26, 146), verdict, font=font(56), fill=colour, anchor="lm")
+    size = 56
+    if finding.is_partial and not finding.is_positive:
+        verdict, size = f"{verdict} - INCOMPLETE", 40  # half a series must not look like a negative
+    draw.text((MARGIN + 26, 146), verdict, font=font(size), fill=colour, anchor="lm")
     draw.text((SIDE - MARGIN, 132), "Worklist priority", font=font(18), fill=SOFT, anchor="rm")
-    draw.text((SIDE - MARGIN, 160), finding.urgency.value, font=font(26), fill=INK, anchor="rm")
+    # A negative never lowers what the department has ordered.
+    priority = finding.urgency.value if finding.is_positive else "unchanged by AI"
+    draw.text((SIDE - MARGIN, 160), priority, font=font(24), fill=INK, anchor="rm")
     notices = [text for text in (plan.partial_words, plan.revision_words, *finding.notes) if text]
     _line(draw, 202, words.conclusion_sentence(plan), 19, INK)
     _line(draw, 229, "   |   ".join(notices), 18, AMBER)
