@@ -57,7 +57,7 @@ class SendFlags(_Part):
     overlay: bool = True
     sr: bool = True
     kos: bool = True
-    pm: bool = False
+    pm: bool = False  # the heat maps as numbers: a Parametric Map, where the source has a geometry
     mfsc: bool = False
 
 
@@ -84,11 +84,7 @@ class Destination(_Part):
     @model_validator(mode="after")
     def _is_built(self) -> Self:
         # A key that does nothing would be believed.
-        asked = {
-            "commitment": self.commitment,
-            "send.pm": self.send.pm,
-            "send.mfsc": self.send.mfsc,
-        }
+        asked = {"commitment": self.commitment, "send.mfsc": self.send.mfsc}
         if missing := [name for name, wanted in asked.items() if wanted]:
             raise ValueError(f"not in this version: {', '.join(missing)}")
         return self

@@ -22,6 +22,7 @@ from db.tables import DeliveryRow, ObjectRow, ResultRow, StudyRow
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.inputs import Inputs, Subject
 from dicom_sr.plan import (
+    MAP,
     REPORT,
     SERIES_STEP_BUNDLE,
     Context,
@@ -106,6 +107,8 @@ class Assembler:
         for variant in missing:
             context = self._context(subject)
             built = build_objects(subject.finding, headers, pixels, maps, context, variant)
+            if MAP in roles_of(subject.finding, variant) - {one.role for one in built}:
+                log.warning("map_left_out", result_id=str(subject.result_id))  # no common geometry
             self._store(subject, variant.key, built)
 
     def path(self, subject: Subject, sop_instance_uid: str) -> Path:

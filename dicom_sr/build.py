@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 
 from db.result import Finding
-from dicom_sr import capture, evidence, key_objects, report
+from dicom_sr import capture, evidence, key_objects, parametric_map, report
 from dicom_sr.attributes import keep_bytes
-from dicom_sr.plan import KEYS, OVERLAY, REPORT, SUMMARY, Context, Plan, Variant
+from dicom_sr.plan import KEYS, MAP, OVERLAY, REPORT, SUMMARY, Context, Plan, Variant
 
 Floats = NDArray[np.float32]
 
@@ -50,7 +50,7 @@ def build_objects(
     pictures = {}
     if plan.roles & {SUMMARY, OVERLAY}:
         pictures = capture.painted(plan, headers, pixels, maps)
-    datasets = _datasets(plan, headers, pictures)
+    datasets = _datasets(plan, headers, pictures, maps)
     return [_written(role, seq, built) for seq, (role, built) in enumerate(datasets, 1)]
 
 
@@ -65,7 +65,10 @@ def make_plan(finding: Finding, header: Dataset, context: Context, variant: Vari
 
 
 def _datasets(
-    plan: Plan, headers: Mapping[int, Dataset], pictures: Mapping[int, NDArray[np.uint8]]
+    plan: Plan,
+    headers: Mapping[int, Dataset],
+    pictures: Mapping[int, NDArray[np.uint8]],
+    maps: Mapping[int, Floats],
 ) -> Iterator[tuple[str, Dataset]]:
     if SUMMARY in plan.roles:
         yield SUMMARY, capture.summary(plan, headers[0], pictures)
@@ -75,6 +78,8 @@ def _datasets(
                 OVERLAY,
                 capture.overlay(plan, index, headers[key.image], headers[0], pictures[index]),
             )
+    if MAP in plan.roles and parametric_map.has_place(plan, headers):
+        yield MAP, parametric_map.parametric_map(plan, headers, maps)
     if REPORT in plan.roles:
         for built in report.reports(plan, headers):
             yield REPORT, built

@@ -50,7 +50,7 @@ def summary(plan: Plan, header: Dataset, pictures: Mapping[int, heat.Colour]) ->
     built.PatientOrientation = None  # 2C, and a page has none
     built.DerivationDescription = "AI result summary page; not for primary diagnosis"
     sources = [plan.image(key) for key in plan.key_images] or [plan.finding.images[0]]
-    _refer(built, sources, is_in_place=False)
+    refer(built, sources, is_in_place=False)
     return built
 
 
@@ -70,7 +70,7 @@ def overlay(
     word = plan.finding.output.image_word
     built.DerivationDescription = f"Grad-CAM overlay on source {word}; not for primary diagnosis"
     built.DerivationCodeSequence = [evidence.coded(GRAD_CAM)]
-    _refer(built, [image], is_in_place=True)
+    refer(built, [image], is_in_place=True)
     return built
 
 
@@ -95,13 +95,18 @@ def _capture(
     built.SecondaryCaptureDeviceSoftwareVersions = evidence.software_versions(plan)
     built.BurnedInAnnotation = "NO"  # no identity is drawn: pages.py gets none
     built.RecognizableVisualFeatures = "NO"
+    describe(built, plan, header)
+    evidence.stamp(built, plan, header)
+    return built
+
+
+def describe(built: Dataset, plan: Plan, header: Dataset) -> None:
+    """What every image made of the source states: which part of the body, and whether lossy."""
     output = plan.finding.output
     built.BodyPartExamined = output.body_part
     if output.laterality:
         built.Laterality = output.laterality
     _keep_loss(built, header)
-    evidence.stamp(built, plan, header)
-    return built
 
 
 def _keep_loss(built: Dataset, header: Dataset) -> None:
@@ -138,18 +143,29 @@ def _letters(direction: Sequence[float]) -> str:
     return ("RL", "AP", "FH")[axis][direction[axis] > 0]
 
 
-def _refer(built: Dataset, images: Sequence[ImageRef], *, is_in_place: bool) -> None:
-    """Name the source images, and the series they are in (Common Instance Reference)."""
-    items: list[Dataset] = []
+def refer(built: Dataset, images: Sequence[ImageRef], *, is_in_place: bool) -> None:
+    """Name the source images, and the series they are in.
+
+    `is_in_place`: their pixels lie where those of `built` do.
+    """
+    built.SourceImageSequence = [source_item(image, is_in_place=is_in_place) for image in images]
+    _name_series(built, images)
+
+
+def source_item(image: ImageRef, *, is_in_place: bool) -> Dataset:
+    """An item of a Source Image Sequence."""
+    item = evidence.referenced(image)
+    item.SpatialLocationsPreserved = "YES" if is_in_place else "NO"
+    item.PurposeOfReferenceCodeSequence = [evidence.coded(SOURCE_IMAGE)]
+    return item
+
+
+def _name_series(built: Dataset, images: Sequence[ImageRef]) -> None:
+    """Name the series that images are in, each instance once (Common Instance Reference)."""
     series: dict[str, dict[str, ImageRef]] = {}
     for image in images:
-        item = evidence.referenced(image)
-        item.SpatialLocationsPreserved = "YES" if is_in_place else "NO"
-        item.PurposeOfReferenceCodeSequence = [evidence.coded(SOURCE_IMAGE)]
-        items.append(item)
         references = series.setdefault(image.series_instance_uid, {})
         references[image.sop_instance_uid] = image
-    built.SourceImageSequence = items
     built.ReferencedSeriesSequence = [
         _series_item(uid, list(held.values())) for uid, held in series.items()
     ]
