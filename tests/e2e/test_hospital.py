@@ -1,163 +1,44 @@
 """A whole node with the shipped bundle between real peers: what a hospital would try first.
 
-One node serves all tests of this module: it is started once, with two tenants and two PACS.
+One node serves all tests of this module: it is started once, with three tenants and three PACS.
 """
 
-import os
-import signal
-import socket
+import random
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
-import psutil
 import pydicom
 import pytest
-from pydicom import Dataset
 from pydicom.uid import generate_uid
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
-from config.settings import load
-from db import embedded
-from db.engine import engine_for
-from db.tables import AnalysisRow, InstanceRow, ResultRow, StudyRow
-from node.running import RunningNode, free_port
+from db.tables import (
+    AuditRow,
+    DeliveryRow,
+    DestinationRow,
+    InstanceRow,
+    ObjectRow,
+    StudyRow,
+)
 from tests import validators
 from tests.builders import changed, ctich_study, real_size_study
+from tests.e2e.hospital import PEER_ENVIRONMENT, QUIET_S, Hospital, eventually, running, written
+from tests.e2e.raw_sender import encoded
 
-QUIET_S = 3
-DEADLINE_S = 120  # shared 2-core machines: the promise itself is measured by hand
 PATIENT_MODULE = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
-
-
-@dataclass
-class Hospital:
-    """The node, and what its two archives received (dcmtk storescp, one folder each)."""
-
-    node: RunningNode
-    folder: Path
-    port: int
-
-    @property
-    def settings(self):
-        return load(self.folder / "vigil.toml")
-
-    def send(self, paths: Sequence[Path], tenant: str = "north") -> subprocess.CompletedProcess:
-        """dcmtk's storescu, as a scanner of that tenant."""
-        return subprocess.run(
-            [validators.need("storescu"), "-R", "-aet", f"{tenant.upper()}_CT",
-             "-aec", f"{tenant.upper()}_AI", "127.0.0.1", str(self.port), *map(str, paths)],
-            env={**os.environ, "TCP_NODELAY": "1"}, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-
-    def received(self, tenant: str, study_uid: str) -> list[Dataset]:
-        found = []
-        for path in (self.folder / f"{tenant}_pacs").iterdir():
-            try:
-                dataset = pydicom.dcmread(path)
-            except (pydicom.errors.InvalidDicomError, EOFError):
-                continue  # storescp is still writing it
-            if dataset.StudyInstanceUID == study_uid:
-                found.append(dataset)
-        return found
-
-    def query(self, statement) -> list:
-        engine = engine_for(self.settings, "node")
-        try:
-            with Session(engine) as session:
-                return list(session.scalars(statement))
-        finally:
-            engine.dispose()
-
-    def outcome(self, study_uid: str, tenant: str = "north") -> AnalysisRow:
-        """The study's analysis, once it is settled."""
-
-        def settled() -> AnalysisRow | None:
-            rows = self.query(
-                select(AnalysisRow)
-                .join(StudyRow, StudyRow.id == AnalysisRow.study_id)
-                .where(StudyRow.study_instance_uid == study_uid, StudyRow.tenant == tenant)
-            )
-            ended = ("DELIVERED", "DELIVERED_IN_PART", "NOT_ANALYSED", "FAILED")
-            return rows[0] if rows and rows[0].state in ended else None
-
-        return eventually(settled)
-
-    def results(self, study_uid: str) -> list[ResultRow]:
-        return self.query(
-            select(ResultRow)
-            .join(StudyRow, StudyRow.id == ResultRow.study_id)
-            .where(StudyRow.study_instance_uid == study_uid)
-        )
-
-
-def eventually(condition: Callable, seconds: float = DEADLINE_S):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.2)
-    return value
-
-
-def tenant_toml(name: str, pacs_port: int) -> str:
-    title = name.upper()
-    return f"""
-[[tenants]]
-id = "{name}"
-ae_titles = ["{title}_AI"]
-quiet_period_s = {QUIET_S}
-[[tenants.senders]]
-ae_title = "{title}_CT"
-[[tenants.destinations]]
-name = "pacs"
-ae_title = "{title}_PACS"
-host = "127.0.0.1"
-port = {pacs_port}
-"""
 
 
 @pytest.fixture(scope="module")
 def hospital(tmp_path_factory) -> Iterator[Hospital]:
-    folder = tmp_path_factory.mktemp("hospital")
-    storescp = validators.need("storescp")
-    ports = {"north": free_port(), "south": free_port()}
-    archives = []
-    for name, port in ports.items():
-        (folder / f"{name}_pacs").mkdir()
-        command = [storescp, "-aet", f"{name.upper()}_PACS", "-od", f"{folder}/{name}_pacs"]
-        archives.append(
-            subprocess.Popen(
-                [*command, str(port)],
-                env={**os.environ, "TCP_NODELAY": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        )
-    config = folder / "vigil.toml"
-    config.write_text(
-        f'[node]\ndata_dir = "{folder}/var"\nmin_free_mb = 0\n[scp]\nport = 0\n'
-        "[dashboard]\nport = 0\n" + "".join(tenant_toml(*item) for item in ports.items())
-    )
-    with RunningNode(config, folder / "node.log") as node:
-        node.wait_ready(180)
-        yield Hospital(node, folder, node.addresses["scp"][0][1])
-    for archive in archives:
-        archive.terminate()
-        archive.wait()
-    embedded.stop(folder / "var")
+    with running(tmp_path_factory.mktemp("hospital")) as found:
+        yield found
 
 
-def written(datasets: Sequence[Dataset], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, dataset in enumerate(datasets):
-        paths.append(folder / f"{number:03}.dcm")
-        dataset.save_as(paths[-1], enforce_file_format=True)
-    return paths
+def small_study(kind: str, seed: int) -> list[pydicom.Dataset]:
+    """Where the size of the images is not the point: localiser and 30 slices of 256 x 256."""
+    return real_size_study(kind, seed=seed, matrix=256)
 
 
 def test_a_real_head_ct_comes_back_as_report_and_pages_in_the_same_study(hospital, data_root):
@@ -187,7 +68,7 @@ def test_what_arrives_satisfies_every_validator(hospital, data_root):
     hospital.outcome(source.StudyInstanceUID)
     names = {"SR": "Comprehensive3DSR", "KO": "KeyObjectSelectionDocument", "OT": "SCImage"}
 
-    for path in (hospital.folder / "north_pacs").iterdir():
+    for path in hospital.archives["north"].folder.iterdir():
         one = pydicom.dcmread(path, stop_before_pixels=True)
         if one.StudyInstanceUID != source.StudyInstanceUID:
             continue
@@ -200,7 +81,7 @@ def test_what_arrives_satisfies_every_validator(hospital, data_root):
 
 
 def test_the_same_study_sent_twice_has_one_result(hospital, tmp_path):
-    study = real_size_study("plain", seed=21)
+    study = small_study("plain", seed=21)
     paths = written(study, tmp_path)
     uid = study[0].StudyInstanceUID
 
@@ -214,7 +95,7 @@ def test_the_same_study_sent_twice_has_one_result(hospital, tmp_path):
 
 
 def test_two_tenants_with_one_study_uid_get_each_their_own(hospital, tmp_path):
-    study = real_size_study("plain", seed=22)
+    study = small_study("plain", seed=22)
     other = changed(study, PatientID="SOUTH-1", PatientName="SOUTH^PATIENT")
     uid = study[0].StudyInstanceUID
 
@@ -230,104 +111,213 @@ def test_two_tenants_with_one_study_uid_get_each_their_own(hospital, tmp_path):
     assert names == {"north": {study[0].PatientID}, "south": {"SOUTH-1"}}
 
 
-@pytest.mark.parametrize("kind", ["chest", "localiser", "contrast"])
-def test_what_cannot_be_judged_ends_with_a_reason_and_no_object(hospital, tmp_path, kind):
-    study = real_size_study(kind, seed=23)
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("chest", "body_part"), ("localiser", "image_type"), ("contrast", "series_description")],
+)
+def test_what_cannot_be_judged_ends_with_a_reason_and_no_object(hospital, tmp_path, kind, code):
+    study = small_study(kind, seed=23)
     uid = study[0].StudyInstanceUID
 
     hospital.send(written(study, tmp_path))
     analysis = hospital.outcome(uid)
 
-    assert analysis.state == "NOT_ANALYSED"
-    assert analysis.reason_code
+    assert (analysis.state, analysis.reason_code) == ("NOT_ANALYSED", code)
     assert analysis.reason
+    assert len(hospital.stored(uid)) == len(study)
+    assert hospital.results(uid) == []
     assert hospital.received("north", uid) == []
 
 
-def test_bad_files_are_kept_apart_with_a_reason_and_the_node_goes_on(hospital, tmp_path):
-    study = real_size_study("plain", seed=24)
+def test_an_image_of_too_few_pixels_fails_its_study_and_is_named(hospital, tmp_path):
+    study = small_study("plain", seed=24)
     uid = study[0].StudyInstanceUID
-    paths = written(study, tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("not a DICOM file")
-    study[5].PixelData = study[5].PixelData[:1000]
-    (cut,) = written([study[5]], tmp_path / "cut")
+    study[7].PixelData = study[7].PixelData[:1000]
+    before = hospital.processes()
 
-    refused = hospital.send([text])  # dcmtk itself finds nothing to send in it
-    hospital.send([*paths[:5], cut, *paths[6:]])
+    assert hospital.send(written(study, tmp_path)).returncode == 0
     analysis = hospital.outcome(uid)
 
-    assert refused.returncode != 0
-    assert analysis.state in ("FAILED", "DELIVERED")  # as dcmtk sent it: cut, or padded
-    assert analysis.state == "DELIVERED" or analysis.reason
-    assert hospital.node.process.poll() is None
-
-
-def test_an_unknown_title_is_rejected_with_the_right_reason(hospital, tmp_path):
-    paths = written(real_size_study("plain", seed=25)[:1], tmp_path)
-    command = [validators.need("storescu"), "-v", "-aec", "NOBODY", "127.0.0.1"]
-
-    done = subprocess.run(
-        [*command, str(hospital.port), str(paths[0])], capture_output=True, text=True, timeout=60
+    assert (analysis.state, analysis.reason_code) == ("FAILED", "undecodable")
+    assert analysis.reason == (
+        "Image 7 of 30 (series 2, instance 7): "
+        "its pixel data cannot be decoded (ValueError in 1.2.840.10008.1.2.1)."
     )
+    # The others are kept beside it: nothing is told of a scan of which an image was left out.
+    assert hospital.stored(uid) == sorted(one.SOPInstanceUID for one in study)
+    assert hospital.quarantined(study[7].SOPInstanceUID) == []
+    assert hospital.results(uid) == []
+    assert hospital.received("north", uid) == []
+    assert hospital.processes() == before
+
+
+def test_an_image_cut_off_on_its_way_is_set_aside_and_the_rest_is_partial(hospital, tmp_path):
+    study = small_study("plain", seed=25)
+    uid, cut = study[0].StudyInstanceUID, study[15]
+    rest = [one for one in study if one is not cut]
+    paths = written(rest, tmp_path / "rest")
+    (whole,) = written([cut], tmp_path / "whole")
+    half = tmp_path / "half.dcm"
+    half.write_bytes(whole.read_bytes()[: -len(cut.PixelData) // 2])
+    before = hospital.processes()
+
+    assert hospital.send([half], "east").returncode != 0  # dcmtk sends no file that is cut off
+    assert hospital.send(paths[:1], "east").returncode == 0  # the localiser opens the study
+    eventually(lambda: hospital.stored(uid, "east"))
+    assert hospital.store(cut, encoded(cut)[: -len(cut.PixelData) // 2], "east") == 0x0000
+    assert hospital.send(paths[1:], "east").returncode == 0
+    analysis = hospital.outcome(uid, "east", result_no=1)
+
+    (entry,) = hospital.quarantined(cut.SOPInstanceUID)
+    assert (entry["code"], entry["tenant"], entry["sender"]) == ("cut_off", "east", "EAST_CT")
+    assert entry["reason"] == "It cannot be read: the pixel data is cut off."
+    assert (entry["study_instance_uid"], entry["holds_study"]) == (uid, None)
+    assert hospital.stored(uid, "east") == sorted(one.SOPInstanceUID for one in rest)
+    assert (analysis.state, analysis.is_partial) == ("DELIVERED", True)
+    (first,) = hospital.results(uid, "east")
+    assert len(first.finding["images"]) == 29
+    assert first.finding["notes"] == ["images are missing between -11.5 and -1.5 mm"]
+    assert [one.CompletionFlag for one in reports(hospital, uid, "east")] == ["PARTIAL"]
+
+    assert hospital.send([whole], "east").returncode == 0  # the sender tries again, this time well
+    analysis = hospital.outcome(uid, "east", result_no=2)
+
+    assert (analysis.state, analysis.is_partial) == ("DELIVERED", False)
+    assert [len(one.finding["images"]) for one in hospital.results(uid, "east")] == [29, 30]
+    flags = Counter(one.CompletionFlag for one in reports(hospital, uid, "east"))
+    assert flags == {"PARTIAL": 1, "COMPLETE": 1}
+    assert hospital.processes() == before
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"not a DICOM file, but a letter to the ward\n" * 40, random.Random(27).randbytes(200_000)],
+    ids=["text", "random"],
+)
+def test_what_is_no_data_set_is_kept_apart_and_the_node_goes_on(hospital, tmp_path, body):
+    claimed, good = (changed([one])[0] for one in small_study("localiser", seed=27)[:1] * 2)
+    claimed.SOPInstanceUID, good.SOPInstanceUID = generate_uid(), generate_uid()
+    file = tmp_path / "letter.txt"
+    file.write_bytes(body)
+    before = hospital.processes()
+
+    assert hospital.send([file]).returncode != 0  # dcmtk itself finds nothing to send in it
+    assert hospital.store(claimed, body) == 0x0000
+    assert hospital.store(good, encoded(good)) == 0x0000
+
+    (entry,) = eventually(lambda: hospital.quarantined(claimed.SOPInstanceUID))
+    assert (entry["code"], entry["tenant"], entry["sender"]) == ("not_dicom", "north", "NORTH_CT")
+    assert entry["reason"] == (
+        "It cannot be read: it holds no UID and no patient, so it is no DICOM data set."
+    )
+    (kept,) = (hospital.folder / "var").rglob(f"{entry['id']}.dcm")
+    assert kept.read_bytes().endswith(body)
+    eventually(lambda: good.SOPInstanceUID in hospital.stored(good.StudyInstanceUID))
+    assert eventually(lambda: not hospital.spooled())
+    assert hospital.processes() == before
+
+
+@pytest.mark.parametrize(
+    ("called", "calling", "words"),
+    [
+        ("NOBODY", "NORTH_CT", "Called AE Title Not Recognized"),
+        ("NORTH_AI", "NOBODY", "Calling AE Title Not Recognized"),
+        ("NORTH_AI", "SOUTH_CT", "Calling AE Title Not Recognized"),
+    ],
+)
+def test_an_unknown_title_is_rejected_with_its_reason_and_audited(
+    hospital, tmp_path, called, calling, words
+):
+    study = small_study("localiser", seed=28)
+    paths = written(study, tmp_path)
+
+    done = hospital.send(paths, "north", "-aec", called, "-aet", calling)
 
     assert done.returncode != 0
-    assert "Called AE Title Not Recognized" in done.stdout + done.stderr
+    assert words in done.stdout
+    refused = select(AuditRow).where(AuditRow.action == "association", AuditRow.actor == calling)
+    found = eventually(
+        lambda: [x for x in hospital.query(refused) if x.detail["called_ae"] == called]
+    )
+    assert [(one.outcome, one.detail["n"]) for one in found] == [("refused", 1)]
+    assert hospital.study_rows(InstanceRow, study[0].StudyInstanceUID) == []
 
 
 def test_killed_in_the_middle_of_reception_nothing_acknowledged_is_lost(hospital, tmp_path):
-    study = real_size_study("plain", seed=26)
+    study = small_study("plain", seed=26)
     uid = study[0].StudyInstanceUID
-    paths = written(study, tmp_path)
-    stage = next(
-        process
-        for process in psutil.Process(hospital.node.process.pid).children()
-        if "scp" in process.cmdline()
-    )
+    # From both ends inwards: whenever it stops, a hole is left, which waits for the rest.
+    pairs = zip(study[1:16], reversed(study[16:]), strict=True)
+    inwards = [study[0], *(one for pair in pairs for one in pair)]
+    paths = written(inwards, tmp_path)
 
+    acknowledged = killed_after(hospital, paths, len(paths) // 2)
+
+    assert len(paths) // 2 <= acknowledged < len(paths)
+    first = {one.SOPInstanceUID for one in inwards[:acknowledged]}
+    eventually(lambda: first <= set(hospital.stored(uid)))
+    eventually(hospital.is_listening)
+    assert hospital.results(uid) == []
+    assert hospital.send(paths).returncode == 0  # it sends again what was not acknowledged, and all
+
+    analysis = hospital.outcome(uid, result_no=1)
+    eventually(lambda: not hospital.spooled())
+    assert (analysis.state, analysis.is_partial, analysis.result_no) == ("DELIVERED", False, 1)
+    (result,) = hospital.results(uid)
+    assert len(result.finding["images"]) == 30
+    assert len(reports(hospital, uid)) == 1
+    # Each instance once, whatever was sent twice; and nothing more is to come of it.
+    assert hospital.stored(uid) == sorted(one.SOPInstanceUID for one in study)
+    (row,) = hospital.query(select(StudyRow).where(StudyRow.study_instance_uid == uid))
+    assert row.n_instances == row.inputs_version == len(study)
+    assert hospital.outcome(uid).judge_at is None
+
+
+def killed_after(hospital: Hospital, paths, n: int) -> int:
+    """Send, kill reception at the `n`-th answer; how many were answered with Success."""
+    success = "Received Store Response (Success)"
     sender = subprocess.Popen(
-        [validators.need("storescu"), "-v", "-aet", "NORTH_CT", "-aec", "NORTH_AI", "127.0.0.1",
-         str(hospital.port), *map(str, paths)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "TCP_NODELAY": "1"},
+        hospital.storescu(paths, "north", "-v"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=PEER_ENVIRONMENT,
     )  # fmt: skip
     acknowledged = 0
     for line in sender.stdout:
-        acknowledged += "Received Store Response (Success)" in line
-        if acknowledged == len(paths) // 2:
-            for process in [*stage.children(recursive=True), stage]:
-                process.send_signal(signal.SIGKILL)
+        acknowledged += success in line
+        if acknowledged == n:
+            hospital.kill_stage("scp")
             break
-    acknowledged += sender.stdout.read().count("Received Store Response (Success)")
+    acknowledged += sender.stdout.read().count(success)
     sender.stdout.close()
     sender.wait()
-    assert 0 < acknowledged < len(paths)
-
-    def stored() -> bool:
-        rows = hospital.query(
-            select(InstanceRow)
-            .join(StudyRow, StudyRow.id == InstanceRow.study_id)
-            .where(StudyRow.study_instance_uid == uid, InstanceRow.stored_at.is_not(None))
-        )
-        return len(rows) >= acknowledged
-
-    eventually(stored)
-    hospital.port = eventually(lambda: answering_port(hospital))
-    hospital.send(paths)
-
-    # What lay there alone for a while may have been told to be too little: the rest reopens it.
-    eventually(lambda: hospital.outcome(uid).state == "DELIVERED")
-    final = hospital.results(uid)[-1]
-    assert len(final.finding["images"]) == len(study) - 1  # all but the localiser
-    reports = [one for one in hospital.received("north", uid) if one.Modality == "SR"]
-    assert len(reports) == len(hospital.results(uid))
+    return acknowledged
 
 
-def answering_port(hospital: Hospital) -> int | None:
-    """Where reception listens now; port 0 means another one after a restart."""
-    port = hospital.node.addresses["scp"][-1][1]
-    with socket.socket() as probe:
-        return port if probe.connect_ex(("127.0.0.1", port)) == 0 else None
+def test_h32_a_pacs_that_is_down_gets_everything_once_when_it_is_back(hospital, tmp_path):
+    study = small_study("lesion", seed=29)
+    uid = study[0].StudyInstanceUID
+    destination = select(DestinationRow).where(DestinationRow.tenant == "east")
+
+    with hospital.archives["east"].down():
+        assert hospital.send(written(study, tmp_path), "east").returncode == 0
+        eventually(lambda: [one for one in hospital.query(destination) if one.failures >= 2])
+        (owed,) = hospital.study_rows(DeliveryRow, uid, "east")
+        assert (owed.state, owed.statuses) == ("WAITING", {})
+        assert hospital.received("east", uid) == []
+    analysis = hospital.outcome(uid, "east")
+
+    assert (analysis.state, analysis.result_no) == ("DELIVERED", 1)
+    (delivery,) = hospital.study_rows(DeliveryRow, uid, "east")
+    assert delivery.state == "DELIVERED"
+    sent = Counter(one.SOPInstanceUID for one in hospital.received("east", uid))
+    built = {one.sop_instance_uid: one for one in hospital.study_rows(ObjectRow, uid, "east")}
+    assert set(sent.values()) == {1}
+    # Of the reports one; the others are for a PACS that does not take Comprehensive 3D.
+    roles = Counter(built[sop_uid].role for sop_uid in sent)
+    assert roles == {"summary": 1, "overlay": 3, "sr": 1, "ko": 1}
+
+
+def reports(hospital: Hospital, uid: str, tenant: str = "north") -> list[pydicom.Dataset]:
+    return [one for one in hospital.received(tenant, uid) if one.Modality == "SR"]
 
 
 # The patient with the most bleeding slices, and a clear one: what is tested is the way from CT
