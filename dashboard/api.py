@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from dashboard import health, overview, study_page, worklist
+from dashboard import health, outcomes, overview, study_page, worklist
 from dashboard.auth import CurrentViewer, Operator
 from dashboard.context import Ctx
 from dashboard.looking import viewed, visible_study
@@ -21,7 +21,7 @@ class AnalysisTwin:
     bundle: str
     state: str
     result_no: int
-    outcome: worklist.Outcome
+    outcome: outcomes.Outcome
     refusal: study_page.Refusal | None
     finding: dict[str, Any] | None  # db.result.Finding
     updated_at: dt.datetime
@@ -29,7 +29,7 @@ class AnalysisTwin:
 
 @dataclass(frozen=True, slots=True)
 class StudyTwin:
-    study: worklist.Line
+    study: outcomes.Line
     is_held: bool
     first_received_at: dt.datetime
     analyses: list[AnalysisTwin]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dashboard import render
 from dashboard.stack import StackImage
+from db import paint
 from db.errors import NodeError
 from db.files import result_folder
 from db.pixels import read_images
@@ -88,26 +89,43 @@ def slice_png(
     max_pixels: int,
 ) -> bytes:
     """One picture of the stack through a window. Raises NoPicture."""
-    key = (image.instance_id, image.frame)
-    decoded = cache.image(key, lambda: _decode(sandbox, image, max_pixels))
+    decoded = _decoded(cache, sandbox, image, max_pixels)
     centre, width = _window(decoded, window, output)
-    grey = render.windowed(decoded.values, centre, width)
-    return render.png(255 - grey if decoded.is_inverted else grey)
+    inverted = decoded.is_inverted
+    return render.png(paint.grey_levels(decoded.values, centre, width, is_inverted=inverted))
 
 
-def heat_map_png(data_dir: Path, tenant: str, finding: Finding, number: int) -> bytes:
-    """The heat map of a key image, transparent where it says nothing. Raises NoPicture."""
+def heat_map_png(
+    cache: ImageCache,
+    sandbox: Sandbox,
+    image: StackImage,
+    cam: NDArray[np.float32],
+    scale: float,
+    max_pixels: int,
+) -> bytes:
+    """The heat map of an image, transparent where it says nothing. Raises NoPicture.
+
+    `scale` is the study's strongest value.
+    """
+    values = _decoded(cache, sandbox, image, max_pixels).values
+    if values.shape != cam.shape:
+        raise NoPicture("The heat map does not fit its image.")
+    return render.png(render.painted(paint.inside(cam, values, image.modality), scale))
+
+
+def heat_map(data_dir: Path, tenant: str, finding: Finding, number: int) -> NDArray[np.float32]:
+    """The stored heat map of a key image, shape (rows, columns). Raises NoPicture."""
     if not 0 <= number < len(finding.key_images):
         raise NoPicture("There is no such key image.")
     folder = result_folder(data_dir, tenant, uuid.UUID(finding.result_uuid))
     try:
         with np.load(folder / "maps.npz", allow_pickle=False) as maps:
-            cam = maps[f"cam_{number}"]
+            cam: NDArray[np.float32] = maps[f"cam_{number}"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         raise NoPicture("The heat map is not kept any more.") from None
     if cam.ndim != 2 or cam.dtype.kind != "f":
         raise NoPicture("The heat map cannot be read.")
-    return render.png(render.painted(cam, finding.map_scale))
+    return cam
 
 
 def presets(output: OutputSpec | None) -> list[tuple[str, str, str]]:
@@ -122,14 +140,9 @@ def presets(output: OutputSpec | None) -> list[tuple[str, str, str]]:
     ]
 
 
-def overlay_opacity(finding: Finding) -> float:
-    """How strongly the heat map is laid over the slice at first: as on the overlays in the PACS."""
-    label = finding.primary
-    if label.probability is None or label.threshold is None or label.threshold >= 1.0:
-        return render.OPACITY_AT_THRESHOLD
-    above = (label.probability.reference - label.threshold) / (1.0 - label.threshold)
-    span = render.OPACITY_MOST - render.OPACITY_AT_THRESHOLD
-    return render.OPACITY_AT_THRESHOLD + span * min(max(above, 0.0), 1.0)
+def _decoded(cache: ImageCache, sandbox: Sandbox, image: StackImage, max_pixels: int) -> Decoded:
+    key = (image.instance_id, image.frame)
+    return cache.image(key, lambda: _decode(sandbox, image, max_pixels))
 
 
 def _decode(sandbox: Sandbox, image: StackImage, max_pixels: int) -> Decoded:

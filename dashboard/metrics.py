@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config.settings import Settings
-from dashboard import health, overview
+from dashboard import figures, health, overview
 from dashboard.context import Context, Ctx
 from dashboard.guard import is_loopback, is_proxied
 from dashboard.tenancy import COUNTER, acting_as
@@ -140,7 +140,7 @@ def _ages(session: Session) -> Iterable[Metric]:
     queue = overview.queue(session)
     ages = [(("job",), queue.oldest_job_s or 0.0), (("delivery",), queue.oldest_delivery_s or 0.0)]
     yield _gauge("vigil_oldest_waiting_seconds", "Age of the oldest in a queue", ages, ["queue"])
-    turnaround = overview.turnaround(session)
+    turnaround = figures.turnarounds(session)[figures.ALL]
     shares = (("0.5", turnaround.p50_s), ("0.95", turnaround.p95_s))
     points = [((share,), value) for share, value in shares if value is not None]
     words = "Last slice to last object delivered, 30 days"

@@ -5,61 +5,19 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Date, Select, and_, cast, func, select
+from sqlalchemy import Date, Select, cast, func, select, union_all
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from dashboard import figures
+from dashboard.figures import CURRENT, TREND_DAYS, Totals, Turnaround, midnight, seconds
 from db.job import JobState
-from db.outbox import OPEN, DeliveryState
-from db.study import AnalysisState, StudyState
-from db.tables import (
-    AnalysisRow,
-    DeliveryRow,
-    EventRow,
-    JobRow,
-    QuarantineRow,
-    ResultRow,
-    StudyRow,
-)
+from db.outbox import OPEN
+from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, ResultRow, StudyRow
 
-TREND_DAYS = 30
 ALARM_DAYS = 7
 MAX_ALARMS = 20
-
-Limits = list[ColumnElement[bool]]
-
-_CURRENT = and_(
-    AnalysisRow.id == ResultRow.analysis_id,
-    AnalysisRow.result_no == ResultRow.result_no,
-    AnalysisRow.is_shadow.is_(False),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Counts of one tenant, or of all that the viewer sees."""
-
-    n_studies: int
-    n_today: int
-    n_results: int  # the newest of each analysis
-    n_positive: int
-    n_not_analysed: int
-    n_failed: int
-    n_held: int
-    n_quarantined: int
-    mean_confidence: float | None  # mean of max(p, 1 - p) of the primary label
-
-    @property
-    def positivity(self) -> float | None:
-        return self.n_positive / self.n_results if self.n_results else None
-
-
-@dataclass(frozen=True, slots=True)
-class Turnaround:
-    """Seconds from the last slice to the last object in the PACS, over TREND_DAYS."""
-
-    n: int
-    p50_s: float | None
-    p95_s: float | None
+_OPEN_JOBS = (JobState.TODO, JobState.DOING)
+NONE_YET = Turnaround(0, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,120 +66,47 @@ class Overview:
 
 
 def read(session: Session, *, by_tenant: bool) -> Overview:
-    tenants = session.scalars(select(StudyRow.tenant).distinct()).all() if by_tenant else []
+    tenants = figures.of_tenants(session)
+    turnarounds = figures.turnarounds(session)
+    lines = tuple(
+        TenantLine(tenant, one.totals, turnarounds.get(tenant, NONE_YET), one.last_received_at)
+        for tenant, one in sorted(tenants.items())
+    )
     return Overview(
-        totals=_totals(session),
-        turnaround=turnaround(session),
+        totals=figures.sum_of(one.totals for one in tenants.values()),
+        turnaround=turnarounds[figures.ALL],
         queue=queue(session),
         days=_days(session),
-        tenants=tuple(_tenant_line(session, tenant) for tenant in sorted(tenants)),
+        tenants=lines if by_tenant else (),
         alarms=alarms(session),
     )
 
 
-def _tenant_line(session: Session, tenant: str) -> TenantLine:
-    return TenantLine(
-        tenant,
-        _totals(session, tenant),
-        turnaround(session, tenant),
-        session.scalar(
-            select(func.max(StudyRow.last_instance_at)).where(StudyRow.tenant == tenant)
-        ),
-    )
-
-
-def _of(table: type[StudyRow | AnalysisRow | ResultRow | QuarantineRow], tenant: str) -> Limits:
-    return [table.tenant == tenant] if tenant else []
-
-
-def _totals(session: Session, tenant: str = "") -> Totals:
-    n_studies, n_today, n_held = session.execute(
-        select(
-            func.count(),
-            func.count().filter(StudyRow.created_at >= _midnight()),
-            func.count().filter(StudyRow.state == StudyState.HELD),
-        ).where(*_of(StudyRow, tenant))
-    ).one()
-    is_refused = and_(AnalysisRow.state == AnalysisState.NOT_ANALYSED, AnalysisRow.is_applicable)
-    n_not_analysed, n_failed = session.execute(
-        select(
-            func.count().filter(is_refused),
-            func.count().filter(AnalysisRow.state == AnalysisState.FAILED),
-        ).where(AnalysisRow.is_shadow.is_(False), *_of(AnalysisRow, tenant))
-    ).one()
-    confidence = func.greatest(ResultRow.probability, 1 - ResultRow.probability)
-    n_results, n_positive, mean = session.execute(
-        select(func.count(), func.count().filter(ResultRow.is_positive), func.avg(confidence))
-        .join(AnalysisRow, _CURRENT)
-        .where(*_of(ResultRow, tenant))
-    ).one()
-    n_quarantined = session.scalar(
-        select(func.count()).where(QuarantineRow.state == "OPEN", *_of(QuarantineRow, tenant))
-    )
-    return Totals(
-        n_studies=n_studies,
-        n_today=n_today,
-        n_results=n_results,
-        n_positive=n_positive,
-        n_not_analysed=n_not_analysed,
-        n_failed=n_failed,
-        n_held=n_held,
-        n_quarantined=n_quarantined or 0,
-        mean_confidence=mean,
-    )
-
-
-def turnaround(session: Session, tenant: str = "") -> Turnaround:
-    last = func.max(DeliveryRow.finished_at)
-    done = (
-        select(StudyRow.last_instance_at.label("received"), last.label("delivered"))
-        .join(ResultRow, ResultRow.id == DeliveryRow.result_id)
-        .join(StudyRow, StudyRow.id == DeliveryRow.study_id)
-        .where(
-            DeliveryRow.state == DeliveryState.DELIVERED,
-            DeliveryRow.finished_at > func.now() - dt.timedelta(days=TREND_DAYS),
-            # What an operator sends again long afterwards says nothing of the node's speed.
-            DeliveryRow.created_at < ResultRow.at + dt.timedelta(hours=1),
-            *_of(StudyRow, tenant),
-        )
-        .group_by(ResultRow.id, StudyRow.id)
-        .having(last > StudyRow.last_instance_at)
-        .subquery()
-    )
-    seconds = func.extract("epoch", done.c.delivered - done.c.received)
-    n, p50, p95 = session.execute(
-        select(
-            func.count(),
-            func.percentile_cont(0.5).within_group(seconds),
-            func.percentile_cont(0.95).within_group(seconds),
-        ).select_from(done)
-    ).one()
-    return Turnaround(n, _seconds(p50), _seconds(p95))
-
-
 def queue(session: Session) -> Queue:
     """What waits or runs now."""
+    # One by one: each state has its own small index, and jobs that are done are many.
+    open_jobs = union_all(
+        *(select(JobRow.created_at).where(JobRow.state == one) for one in _OPEN_JOBS)
+    ).subquery()
     n_jobs, oldest_job = session.execute(
-        select(func.count(), func.extract("epoch", func.now() - func.min(JobRow.created_at))).where(
-            JobRow.state.in_([JobState.TODO, JobState.DOING])
-        )
+        select(func.count(), func.extract("epoch", func.now() - func.min(open_jobs.c.created_at)))
     ).one()
     n_sends, oldest_send = session.execute(
         select(
             func.count(), func.extract("epoch", func.now() - func.min(DeliveryRow.created_at))
         ).where(DeliveryRow.state.in_(OPEN))
     ).one()
-    return Queue(n_jobs, _seconds(oldest_job), n_sends, _seconds(oldest_send))
+    return Queue(n_jobs, seconds(oldest_job), n_sends, seconds(oldest_send))
 
 
 def _days(session: Session) -> tuple[Day, ...]:
     """The last TREND_DAYS days of this machine's calendar, those without studies included."""
-    today = _midnight()
+    today = midnight()
     first = today - dt.timedelta(days=TREND_DAYS - 1)
     received = _per_day(session, StudyRow.created_at, first, select(func.count()))
     results = select(
         func.count().filter(ResultRow.is_positive), func.count().filter(~ResultRow.is_positive)
-    ).join_from(ResultRow, AnalysisRow, _CURRENT)
+    ).join_from(ResultRow, AnalysisRow, CURRENT)
     judged = _per_day(session, ResultRow.at, first, results)
     days = [(first + dt.timedelta(days=n)).date() for n in range(TREND_DAYS)]
     return tuple(Day(day, received.get(day, (0,))[0], *judged.get(day, (0, 0))[:2]) for day in days)
@@ -259,12 +144,3 @@ def alarms(session: Session) -> tuple[Alarm, ...]:
         )
         for event, study_id in rows
     )
-
-
-def _midnight() -> dt.datetime:
-    return dt.datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
-
-
-def _seconds(value: object) -> float | None:
-    """PostgreSQL's numeric as a float."""
-    return None if value is None else float(str(value))

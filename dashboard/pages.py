@@ -7,7 +7,7 @@ from fastapi import Request, Response
 from fastapi.templating import Jinja2Templates
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dashboard import words
+from dashboard import happenings, words
 from dashboard.context import Context
 
 HERE = Path(__file__).parent
@@ -24,6 +24,7 @@ def templates() -> Jinja2Templates:
         lstrip_blocks=True,
     )
     environment.filters |= words.FILTERS
+    environment.filters |= {"event": happenings.event, "particulars": happenings.particulars}
     return Jinja2Templates(env=environment)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import uuid
 import zipfile
+from dataclasses import dataclass
 
 import anyio
 import anyio.to_thread
@@ -13,9 +14,9 @@ from sqlalchemy.orm import Session
 
 from dashboard import audit, images, stack
 from dashboard.auth import CurrentViewer
-from dashboard.context import Ctx, NotThere
+from dashboard.context import Context, Ctx, NotThere
 from dashboard.looking import Bundle, viewed, visible_study
-from dashboard.tenancy import acting_as
+from dashboard.tenancy import Viewer, acting_as
 from db.result import Finding
 from db.tables import AnalysisRow, ResultRow, StudyRow
 
@@ -35,19 +36,13 @@ async def image(
     bundle: Bundle = "",
 ) -> Response:
     def picture() -> bytes:
-        with acting_as(context.engine, viewer) as session:
-            row = visible_study(session, viewer, study_id)
-            result_id, finding = _finding(session, row, bundle)
-            key = (row.id, row.inputs_version, result_id)
-            data_dir = context.settings.node.data_dir
-            found = context.images.stack(key, lambda: stack.stack(session, data_dir, row, finding))
-            viewed(context, session, viewer, "images_viewed", target=str(study_id))
-        if not 0 <= number < len(found):
+        looked = _look(context, viewer, study_id, bundle)
+        if not 0 <= number < len(looked.images):
             raise images.NoPicture("There is no such image.")
-        output = finding.output if finding else None
+        output = looked.finding.output if looked.finding else None
         limit = context.settings.inference.max_pixels
         return images.slice_png(
-            context.images, context.sandbox, found[number], window, output, limit
+            context.images, context.sandbox, looked.images[number], window, output, limit
         )
 
     data = await anyio.to_thread.run_sync(picture, limiter=_PICTURES)
@@ -55,18 +50,40 @@ async def image(
 
 
 @router.get("/study/{study_id}/heatmap/{number}.png")
-def heat_map(
+async def heat_map(
     context: Ctx, viewer: CurrentViewer, study_id: uuid.UUID, number: int, bundle: Bundle = ""
 ) -> Response:
+    def picture() -> bytes:
+        looked = _look(context, viewer, study_id, bundle)
+        if looked.finding is None:
+            raise images.NoPicture("There is no result.")
+        data_dir = context.settings.node.data_dir
+        cam = images.heat_map(data_dir, looked.tenant, looked.finding, number)
+        image = looked.images[looked.finding.key_images[number].image]
+        limit = context.settings.inference.max_pixels
+        scale = looked.finding.map_scale
+        return images.heat_map_png(context.images, context.sandbox, image, cam, scale, limit)
+
+    data = await anyio.to_thread.run_sync(picture, limiter=_PICTURES)
+    return Response(data, media_type="image/png")
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    tenant: str
+    finding: Finding | None
+    images: tuple[stack.StackImage, ...]  # those of the finding, in its order, if there is one
+
+
+def _look(context: Context, viewer: Viewer, study_id: uuid.UUID, bundle: str) -> _Looked:
     with acting_as(context.engine, viewer) as session:
         row = visible_study(session, viewer, study_id)
-        _, finding = _finding(session, row, bundle)
+        result_id, finding = _finding(session, row, bundle)
+        key = (row.id, row.inputs_version, result_id)
+        data_dir = context.settings.node.data_dir
+        found = context.images.stack(key, lambda: stack.stack(session, data_dir, row, finding))
         viewed(context, session, viewer, "images_viewed", target=str(study_id))
-    if finding is None:
-        raise images.NoPicture("There is no result.")
-    data_dir = context.settings.node.data_dir
-    data = images.heat_map_png(data_dir, row.tenant, finding, number)
-    return Response(data, media_type="image/png")
+        return _Looked(row.tenant, finding, found)
 
 
 @router.get("/study/{study_id}/result.json")

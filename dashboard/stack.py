@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from db.files import result_folder, store_path
 from db.header import InstanceHeader
 from db.result import Finding
-from db.tables import InstanceRow, ObjectRow, StudyRow
+from db.tables import DeliveryRow, InstanceRow, ObjectRow, StudyRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class StackImage:
     frame: int | None  # 1-based for a multi-frame instance
     instance_number: int | None
     position_mm: float | None
+    modality: str
 
 
 def stack(
@@ -44,6 +45,7 @@ def stack(
             frame,
             header.instance_number,
             position,
+            header.modality,
         )
         for instance_id, header, frame, position in places
     )
@@ -95,15 +97,28 @@ def _position(header: InstanceHeader) -> float | None:
 def objects_of(
     session: Session, data_dir: Path, study: StudyRow, result_id: uuid.UUID
 ) -> list[Path]:
-    """The DICOM files of a result's plain variant, or of whichever there is, in sending order."""
+    """The DICOM files of a result's plain variant, or of whichever there is, in sending order.
+
+    A report may be built in several SOP classes, for peers that take only one of them: here it is
+    the one that was sent, or else the preferred one.
+    """
     variant = session.scalar(
         select(func.min(ObjectRow.variant)).where(ObjectRow.result_id == result_id)
     )
-    uids = session.scalars(
-        select(ObjectRow.sop_instance_uid)
+    rows = session.execute(
+        select(ObjectRow.sop_instance_uid, ObjectRow.role)
         .where(ObjectRow.result_id == result_id, ObjectRow.variant == variant)
         .order_by(ObjectRow.seq)
+    ).all()
+    statuses = session.scalars(
+        select(DeliveryRow.statuses).where(
+            DeliveryRow.result_id == result_id, DeliveryRow.variant == variant
+        )
     )
+    sent = {uid for answers in statuses for uid in answers}
+    reports = [uid for uid, role in rows if role == "sr"]
+    kept = [uid for uid in reports if uid in sent] or reports[:1]
+    uids = [uid for uid, role in rows if role != "sr" or uid in kept]
     folder = result_folder(data_dir, study.tenant, result_id)
     # Our own UIDs; the name alone is taken, so that no row could ever lead out of the folder.
     return [folder / Path(f"{uid}.dcm").name for uid in uids]

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from dashboard.worklist import Line, Outcome, line_of, outcomes_of
+from dashboard.outcomes import Line, Outcome, line_of, of_study
 from db.result import Finding
 from db.study import TRANSITIONS, AnalysisEvent, AnalysisState
 from db.tables import (
     AnalysisRow,
     DeliveryRow,
     EventRow,
+    NoticeRow,
     RequestRow,
     ResultRow,
     StudyRow,
@@ -52,6 +53,7 @@ class DeliveryLine:
     expires_at: dt.datetime
     finished_at: dt.datetime | None
     error_code: str
+    is_notice: bool  # that the study was not processed, instead of a result
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def find(session: Session, public_id: uuid.UUID) -> StudyRow | None:
 
 
 def read(session: Session, study: StudyRow) -> StudyView:
-    outcomes = outcomes_of(session, study.id)
+    outcomes = of_study(session, study.id)
     return StudyView(
         line=line_of(study, outcomes),
         birth_date=study.patient_birth_date,
@@ -185,11 +187,13 @@ def _timeline(session: Session, study: StudyRow) -> tuple[TimelineEntry, ...]:
 
 
 def _deliveries(session: Session, study: StudyRow) -> tuple[DeliveryLine, ...]:
+    number = func.coalesce(ResultRow.result_no, NoticeRow.result_no)
     rows = session.execute(
-        select(DeliveryRow, ResultRow.result_no)
-        .join(ResultRow, ResultRow.id == DeliveryRow.result_id)
-        .where(DeliveryRow.study_id == study.id)
-        .order_by(ResultRow.result_no.desc(), DeliveryRow.destination)
+        select(DeliveryRow, number, NoticeRow.id.is_not(None))
+        .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
+        .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
+        .where(DeliveryRow.study_id == study.id, number.is_not(None))
+        .order_by(number.desc(), DeliveryRow.destination)
     )
     return tuple(
         DeliveryLine(
@@ -201,8 +205,9 @@ def _deliveries(session: Session, study: StudyRow) -> tuple[DeliveryLine, ...]:
             row.expires_at,
             row.finished_at,
             row.error_code,
+            is_notice,
         )
-        for row, result_no in rows
+        for row, result_no, is_notice in rows
     )
 
 

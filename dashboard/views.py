@@ -16,6 +16,7 @@ from dashboard.context import Context, Ctx, NotThere, Refused
 from dashboard.looking import Bundle, viewed, visible_study
 from dashboard.pages import page
 from dashboard.tenancy import Viewer, acting_as
+from db import paint
 from db.study import AnalysisEvent, StudyState
 from db.tables import RequestRow
 
@@ -112,7 +113,7 @@ def _viewer_data(
         "numbers": [image.instance_number for image in found],
         "positions": [image.position_mm for image in found],
         "keys": [{"image": key.image, "label": key.label} for key in keys],
-        "opacity": round(images.overlay_opacity(finding), 2) if finding else 0.0,
+        "opacity": round(paint.opacity(finding.primary), 2) if finding else 0.0,
         "word": finding.output.image_word if finding else "image",
     }
 

@@ -1,8 +1,8 @@
-"""Values as people read them: names, dates, durations, and a sentence for every state and event."""
+"""Values as people read them: names, dates, durations, and a sentence for every state."""
 
 import datetime as dt
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from db.job import Lane
@@ -13,8 +13,9 @@ STUDY_STATES: Mapping[str, str] = {
     StudyState.RECEIVING: "Receiving",
     StudyState.IN_PROGRESS: "In progress",
     StudyState.DONE: "Done",
-    StudyState.DONE_WITH_GAPS: "Done with gaps",
-    StudyState.HELD: "Held",
+    # By whose fault is said beside each study: `study_words`.
+    StudyState.DONE_WITH_GAPS: "Failed or not delivered",
+    StudyState.HELD: "Held for a decision",
 }
 ANALYSIS_STATES: Mapping[str, str] = {
     AnalysisState.WAITING: "waiting for images",
@@ -22,9 +23,9 @@ ANALYSIS_STATES: Mapping[str, str] = {
     AnalysisState.FOUND: "writing the report",
     AnalysisState.BUILT: "being sent",
     AnalysisState.DELIVERED: "delivered",
-    AnalysisState.DELIVERED_IN_PART: "delivered in part",
+    AnalysisState.DELIVERED_IN_PART: "not delivered everywhere",
     AnalysisState.NOT_ANALYSED: "not analysed",
-    AnalysisState.FAILED: "failed",
+    AnalysisState.FAILED: "analysis failed",
 }
 DELIVERY_STATES: Mapping[str, str] = {
     DeliveryState.WAITING: "waiting",
@@ -33,24 +34,6 @@ DELIVERY_STATES: Mapping[str, str] = {
     DeliveryState.REFUSED: "refused",
     DeliveryState.EXPIRED: "expired",
     DeliveryState.DROPPED: "replaced by a newer result",
-}
-EVENTS: Mapping[str, str] = {
-    "inputs_changed": "New images: the study is open again",
-    "series_ready": "The series is complete; analysis queued",
-    "findings_stored": "Analysed",
-    "not_eligible": "Not analysed",
-    "gave_up": "Gave up",
-    "objects_built": "Result objects built",
-    "all_accepted": "Delivered to every destination",
-    "some_refused": "Delivered in part",
-    "rerun": "Run again by an operator",
-    "resend": "Sent again by an operator",
-    "result_delivered": "Result accepted by a destination",
-    "delivery_expired": "A destination could not be reached in time",
-    "delivery_postponed": "A destination does not answer; trying again",
-    "objects_refused": "A destination refused objects; trying again",
-    "delivery_refused": "A destination refused the result for good",
-    "delivery_withheld": "Not sent: the result no longer matches its study",
 }
 
 _LOOKS_LIKE_NOTHING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -149,17 +132,20 @@ def study_state(value: str) -> str:
     return STUDY_STATES.get(value, plain(value))
 
 
+def study_words(state: str, analyses: Iterable[str]) -> str:
+    """A study's state; where something is missing in the end, what it is."""
+    if state != StudyState.DONE_WITH_GAPS:
+        return study_state(state)
+    is_failed = AnalysisState.FAILED in set(analyses)
+    return "Analysis failed" if is_failed else "Not delivered everywhere"
+
+
 def analysis_state(value: str) -> str:
     return ANALYSIS_STATES.get(value, plain(value))
 
 
 def delivery_state(value: str) -> str:
     return DELIVERY_STATES.get(value, plain(value))
-
-
-def event(kind: str) -> str:
-    """What happened, in words; an event that is new to this page by its own name."""
-    return EVENTS.get(kind) or plain(kind).replace("_", " ").capitalize()
 
 
 def facts(detail: Mapping[str, Any]) -> str:
@@ -179,6 +165,12 @@ def _fact(value: Any) -> str:
     return plain(value)
 
 
+def sentence(value: object) -> str:
+    """A capital first; the rest as it is."""
+    text = plain(value)
+    return text[:1].upper() + text[1:]
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "plain": plain,
     "person": person,
@@ -194,6 +186,6 @@ FILTERS: dict[str, Callable[..., str]] = {
     "study_state": study_state,
     "analysis_state": analysis_state,
     "delivery_state": delivery_state,
-    "event": event,
     "facts": facts,
+    "sentence": sentence,
 }

@@ -1,22 +1,20 @@
 """The worklist: studies by urgency and age, each with what the AI says of it."""
 
 import datetime as dt
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import ColumnElement, Select, case, exists, func, or_, select
 from sqlalchemy.orm import Session
 
-from dashboard import words
-from db.result import CalibratedProbability, percent
+from dashboard import outcomes
+from dashboard.outcomes import CURRENT, NEEDS_PERSON, TELLS, Line, OutcomeKind
 from db.study import AnalysisState, StudyState
-from db.tables import AnalysisRow, DeliveryRow, ResultRow, StudyRow
+from db.tables import AnalysisRow, ResultRow, StudyRow
 
 PAGE_SIZE = 50
-OutcomeKind = Literal["positive", "negative", "pending", "not_analysed", "not_applicable", "failed"]
 Period = Literal["day", "week", "month", "all"]
 PERIODS: Mapping[str, dt.timedelta | None] = {
     "day": dt.timedelta(days=1),
@@ -56,99 +54,51 @@ class Query(Filters):
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    destination: str
-    state: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one bundle says of a study."""
-
-    bundle: str
-    kind: OutcomeKind
-    words: str
-    state: str
-    probability: str = ""  # "87 %"; empty where there is none to show
-    label: str = ""  # the primary label in words
-    urgency: str = ""
-    is_partial: bool = False
-    result_no: int = 0
-    reason: str = ""
-    sent: tuple[Sent, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A study on the worklist."""
-
-    id: uuid.UUID  # public
-    tenant: str
-    is_upload: bool
-    patient_name: str
-    patient_id: str
-    accession_number: str
-    study_description: str
-    study_date: str
-    sender: str
-    state: str
-    lane: int
-    n_instances: int
-    received_at: dt.datetime
-    urgency: str
-    outcomes: tuple[Outcome, ...] = field(default=())
-
-
-@dataclass(frozen=True, slots=True)
 class Page:
     lines: tuple[Line, ...]
     page: int
     has_more: bool
 
 
-_RANK = case((ResultRow.urgency == "STAT", 0), (ResultRow.urgency == "URGENT", 1), else_=2)
 _SERVES = (AnalysisRow.study_id == StudyRow.id, AnalysisRow.is_shadow.is_(False))
-_CURRENT = (
-    ResultRow.analysis_id == AnalysisRow.id,
-    ResultRow.result_no == AnalysisRow.result_no,
+_PERSON_RANK, _QUIET_RANK = 2, 3
+# By the newest result, also of a study that is open again: it must not fall down meanwhile.
+_RANK = case(
+    (ResultRow.urgency == "STAT", 0),
+    (ResultRow.urgency == "URGENT", 1),
+    (ResultRow.is_positive | AnalysisRow.state.in_(NEEDS_PERSON), _PERSON_RANK),
+    else_=_QUIET_RANK,
 )
-#: States in which the newest result is the word on the study; before and beside them it is not.
-_TELLS = (
-    AnalysisState.FOUND,
-    AnalysisState.BUILT,
-    AnalysisState.DELIVERED,
-    AnalysisState.DELIVERED_IN_PART,
-)
-# The first label is the primary one; a finding may hold thousands of scores, which stay there.
-_PRIMARY = ResultRow.finding["labels"][0]
 
 
 def find(session: Session, query: Query) -> Page:
     """One page of the worklist, as far as the session's viewer may see."""
     rows = session.scalars(_page_query(query)).all()
     shown = rows[:PAGE_SIZE]
-    outcomes = _outcomes(session, [row.id for row in shown])
-    lines = tuple(line_of(row, outcomes.get(row.id, ())) for row in shown)
+    found = outcomes.read(session, [row.id for row in shown])
+    lines = tuple(outcomes.line_of(row, found.get(row.id, ())) for row in shown)
     return Page(lines, query.page, has_more=len(rows) > PAGE_SIZE)
 
 
-def outcomes_of(session: Session, study_id: int) -> tuple[Outcome, ...]:
-    return _outcomes(session, [study_id]).get(study_id, ())
-
-
 def _page_query(query: Query) -> Select[StudyRow]:
-    rank = (
+    found = (
         select(func.min(_RANK))
         .select_from(AnalysisRow)
-        .join(ResultRow, ResultRow.analysis_id == AnalysisRow.id)
-        .where(*_SERVES, *_CURRENT)
+        .outerjoin(ResultRow, CURRENT[0] & CURRENT[1])
+        .where(*_SERVES)
         .correlate(StudyRow)
         .scalar_subquery()
     )
+    held = case((StudyRow.is_held, _PERSON_RANK), else_=_QUIET_RANK)
+    rank = func.least(func.coalesce(found, _QUIET_RANK), held)
+    # Who waits longest comes first; where nothing is urgent, the newest, or a study that has just
+    # come in would stand on the last page.
+    waiting_since = case((rank < _QUIET_RANK, StudyRow.last_instance_at))
+    newest = (StudyRow.last_instance_at.desc(), StudyRow.id.desc())
     return (
         select(StudyRow)
         .where(*_conditions(query))
-        .order_by(func.coalesce(rank, 2), StudyRow.last_instance_at.desc(), StudyRow.id.desc())
+        .order_by(rank, waiting_since, *newest)
         .limit(PAGE_SIZE + 1)
         .offset((query.page - 1) * PAGE_SIZE)
     )
@@ -188,8 +138,8 @@ def _has_outcome(kind: OutcomeKind) -> ColumnElement[bool]:
     if kind in ("positive", "negative"):
         return (
             exists()
-            .where(*_SERVES, *_CURRENT, ResultRow.is_positive.is_(kind == "positive"))
-            .where(AnalysisRow.state.in_(_TELLS))
+            .where(*_SERVES, *CURRENT, ResultRow.is_positive.is_(kind == "positive"))
+            .where(AnalysisRow.state.in_(TELLS))
             .correlate(StudyRow)
         )
     states = {
@@ -200,97 +150,3 @@ def _has_outcome(kind: OutcomeKind) -> ColumnElement[bool]:
     if kind in ("not_analysed", "not_applicable"):
         conditions.append(AnalysisRow.is_applicable.is_(kind == "not_analysed"))
     return exists().where(*conditions).correlate(StudyRow)
-
-
-def _outcomes(session: Session, study_ids: Sequence[int]) -> dict[int, tuple[Outcome, ...]]:
-    if not study_ids:
-        return {}
-    output = ResultRow.finding["output"]
-    rows = session.execute(
-        select(
-            AnalysisRow,
-            ResultRow.id,
-            ResultRow.is_positive,
-            ResultRow.urgency,
-            output["short_name"].astext.label("short_name"),
-            _PRIMARY["words"].astext.label("label"),
-            _PRIMARY["probability"].label("probability"),
-        )
-        .outerjoin(ResultRow, (_CURRENT[0]) & (_CURRENT[1]))
-        .where(AnalysisRow.study_id.in_(study_ids), AnalysisRow.is_shadow.is_(False))
-        .order_by(AnalysisRow.study_id, AnalysisRow.id)
-    ).all()
-    sent = _sent(session, [row[1] for row in rows if row[1] is not None])
-    found: dict[int, list[Outcome]] = {}
-    for row in rows:
-        outcome = _outcome(row, tuple(sent.get(row[1], ())))
-        found.setdefault(row[0].study_id, []).append(outcome)
-    return {study_id: tuple(items) for study_id, items in found.items()}
-
-
-def _sent(session: Session, result_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Sent]]:
-    found: dict[uuid.UUID, list[Sent]] = {}
-    if not result_ids:
-        return found
-    for result_id, destination, state in session.execute(
-        select(DeliveryRow.result_id, DeliveryRow.destination, DeliveryRow.state)
-        .where(DeliveryRow.result_id.in_(result_ids))
-        .order_by(DeliveryRow.destination)
-    ):
-        found.setdefault(result_id, []).append(Sent(destination, state))
-    return found
-
-
-def _outcome(row: Any, sent: tuple[Sent, ...]) -> Outcome:
-    analysis: AnalysisRow = row[0]
-    state = AnalysisState(analysis.state)
-    plain = Outcome(
-        bundle=analysis.bundle,
-        kind="pending",
-        words=f"{row.short_name or analysis.bundle}: {words.ANALYSIS_STATES[state]}",
-        state=analysis.state,
-        result_no=analysis.result_no,
-        reason=analysis.reason,
-        sent=sent,
-    )
-    if state is AnalysisState.FAILED:
-        return replace(plain, kind="failed")
-    if state is AnalysisState.NOT_ANALYSED and analysis.is_applicable:
-        return replace(plain, kind="not_analysed")
-    if state is AnalysisState.NOT_ANALYSED:
-        return replace(plain, kind="not_applicable", words=f"{analysis.bundle}: not applicable")
-    if row.is_positive is None or state not in _TELLS:
-        return plain
-    shown = CalibratedProbability(**row.probability) if row.probability else None
-    verdict = "SUSPECTED" if row.is_positive else "NOT DETECTED"
-    return replace(
-        plain,
-        kind="positive" if row.is_positive else "negative",
-        words=f"{row.short_name}: {verdict}",
-        probability=percent(shown) if shown else "",
-        label=row.label,
-        urgency=row.urgency,
-        is_partial=analysis.is_partial,
-    )
-
-
-def line_of(row: StudyRow, outcomes: Sequence[Outcome]) -> Line:
-    ranks = {"STAT": 0, "URGENT": 1, "ROUTINE": 2}
-    urgencies = [outcome.urgency for outcome in outcomes if outcome.urgency]
-    return Line(
-        id=row.public_id,
-        tenant=row.tenant,
-        is_upload=row.origin != "dicom",
-        patient_name=row.patient_name,
-        patient_id=row.patient_id,
-        accession_number=row.accession_number,
-        study_description=row.study_description,
-        study_date=row.study_date,
-        sender=row.sender,
-        state=row.state,
-        lane=row.lane,
-        n_instances=row.n_instances,
-        received_at=row.last_instance_at,
-        urgency=min(urgencies, key=lambda name: ranks.get(name, 3), default=""),
-        outcomes=tuple(outcomes),
-    )

@@ -196,10 +196,11 @@ def where(
 
     from config.settings import load
     from node.database import opened
-    from node.where import find, show, story
+    from node.where import search, show
 
-    with opened(load(config)) as engine, Session(engine) as session:
-        stories = [story(session, study) for study in find(session, text, tenant)]
+    settings = load(config)
+    with opened(settings) as engine, Session(engine) as session:
+        stories = search(session, settings, text, tenant)
     report(stories, show, as_json=as_json)
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
+from db.heartbeat import GONE_S
 from db.job import JobState, Lane
 from db.outbox import OPEN
 from db.tables import (
@@ -27,6 +28,8 @@ from db.tables import (
 )
 
 ALARMS_SINCE = dt.timedelta(hours=24)
+#: So long after its end a process is still worth a line; then only its absence says anything.
+RECENTLY = dt.timedelta(minutes=5)
 
 
 def status(session: Session, settings: Settings) -> dict[str, Any]:
@@ -75,7 +78,8 @@ def show(value: dict[str, Any], console: Console) -> None:
             f"{sender['instances']} instances, last {_age(sender['last_s'])} ago"
         )
     for process in value["processes"]:
-        console.print(f"Process      {process['name']}: seen {_age(process['seen_s'])} ago")
+        gone = "" if process["is_alive"] else "  [red]gone[/]"
+        console.print(f"Process      {process['name']}: seen {_age(process['seen_s'])} ago{gone}")
     disk = value["disk"]
     colour = "red" if disk["is_low"] else "default"
     console.print(
@@ -188,9 +192,17 @@ def _senders(session: Session) -> list[dict[str, Any]]:
 
 
 def _processes(session: Session) -> list[dict[str, Any]]:
+    """Those that live, and those that died a moment ago: they could not sign off."""
     age = func.extract("epoch", func.now() - ProcessRow.seen_at)
-    rows = session.execute(select(ProcessRow.name, ProcessRow.stage, age).order_by(ProcessRow.name))
-    return [{"name": name, "stage": stage, "seen_s": _seconds(seen)} for name, stage, seen in rows]
+    rows = session.execute(
+        select(ProcessRow.name, ProcessRow.stage, age)
+        .where(ProcessRow.seen_at > func.now() - RECENTLY)
+        .order_by(ProcessRow.name)
+    )
+    return [
+        {"name": name, "stage": stage, "is_alive": float(seen) < GONE_S, "seen_s": _seconds(seen)}
+        for name, stage, seen in rows
+    ]
 
 
 def _disk(data_dir: Path, min_free_mb: int) -> dict[str, Any]:

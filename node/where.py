@@ -1,6 +1,5 @@
 """`vigil where`: where is my study? Its timeline, found by whatever the caller has in hand."""
 
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.table import Table
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from config.settings import Settings
 from db.errors import PermanentError
 from db.tables import (
     AnalysisRow,
@@ -19,6 +19,7 @@ from db.tables import (
     ResultRow,
     StudyRow,
 )
+from node import set_aside
 
 MAX_STUDIES = 20
 
@@ -29,6 +30,25 @@ class UnknownStudy(PermanentError):
     code = "unknown_study"
 
 
+def search(
+    session: Session, settings: Settings, text: str, tenant: str = ""
+) -> list[dict[str, Any]]:
+    """The stories of all that goes by that name, in the quarantine too.
+
+    Raises
+    ------
+    UnknownStudy
+        If there is nothing.
+    """
+    rows = _matching(session, text, tenant)
+    told = [story(session, study) for study in rows]
+    wanted = text.strip()
+    told += set_aside.stories(session, settings, wanted, tenant, beside={row.id for row in rows})
+    if not told:
+        raise _unknown()
+    return told
+
+
 def find(session: Session, text: str, tenant: str = "") -> Sequence[StudyRow]:
     """Studies by accession number, patient ID, any UID of theirs, or page id; newest first.
 
@@ -37,6 +57,19 @@ def find(session: Session, text: str, tenant: str = "") -> Sequence[StudyRow]:
     UnknownStudy
         If there is none.
     """
+    found = _matching(session, text, tenant)
+    if not found:
+        raise _unknown()
+    return found
+
+
+def _unknown() -> UnknownStudy:
+    return UnknownStudy(
+        "nothing that was received goes by that name; see `vigil status` for senders"
+    )
+
+
+def _matching(session: Session, text: str, tenant: str) -> Sequence[StudyRow]:
     wanted = text.strip()
     by_instance = select(InstanceRow.study_id).where(
         or_(InstanceRow.sop_instance_uid == wanted, InstanceRow.series_instance_uid == wanted)
@@ -47,15 +80,10 @@ def find(session: Session, text: str, tenant: str = "") -> Sequence[StudyRow]:
         StudyRow.patient_id == wanted,
         StudyRow.id.in_(by_instance),
     ]
-    if public := _uuid(wanted):
+    if public := set_aside.uuid_of(wanted):
         same.append(StudyRow.public_id == public)
     query = select(StudyRow).where(or_(*same)).order_by(StudyRow.id.desc()).limit(MAX_STUDIES)
-    found = session.scalars(query.where(StudyRow.tenant == tenant) if tenant else query).all()
-    if not found:
-        raise UnknownStudy(
-            "nothing that was received goes by that name; see `vigil status` for senders"
-        )
-    return found
+    return session.scalars(query.where(StudyRow.tenant == tenant) if tenant else query).all()
 
 
 def find_one(session: Session, text: str, tenant: str = "") -> StudyRow:
@@ -103,10 +131,7 @@ def story(session: Session, study: StudyRow) -> dict[str, Any]:
             {"at": e.at.isoformat(), "event": e.kind, "is_alarm": e.is_alarm, **e.detail}
             for e in events
         ],
-        "quarantine": [
-            {"at": q.at.isoformat(), "state": q.state, "code": q.code, "reason": q.reason}
-            for q in quarantined
-        ],
+        "quarantine": [set_aside.entry(row) for row in quarantined],
     }
 
 
@@ -125,7 +150,7 @@ def _show(story: dict[str, Any], console: Console) -> None:
         f"{story['instances']} instances from {story['sender'] or story['origin']}",
         highlight=False,
     )
-    console.print(f"study {story['study_instance_uid']}", highlight=False)
+    console.print(f"study {story['study_instance_uid'] or '-'}", highlight=False)
     for analysis in story["analyses"]:
         result = analysis["result"]
         words = analysis["reason"] or (
@@ -148,11 +173,18 @@ def _show(story: dict[str, Any], console: Console) -> None:
             f"{key}={value}" for key, value in rest.items() if value not in ("", None)
         )
         table.add_row(event["at"][:19].replace("T", " "), f"[{colour}]{event['event']}[/]", detail)
-    console.print(table)
+    if story["events"]:
+        console.print(table)
     for entry in story["quarantine"]:
         console.print(
-            f"[red]quarantined[/] {entry['at'][:19]} {entry['reason']} ({entry['state']})"
+            f"[red]quarantined[/] {entry['at'][:19].replace('T', ' ')} {entry['reason']} "
+            f"({entry['state'].lower()}) {entry['id']}",
+            highlight=False,
         )
+    if story.get("kept_out_of"):
+        console.print(f"kept out of study {story['kept_out_of']}", highlight=False)
+    if story["state"] == "QUARANTINED":
+        console.print("No study of it is here; to decide: `vigil quarantine list`.")
 
 
 def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
@@ -191,10 +223,3 @@ def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
             for d in deliveries
         ],
     }
-
-
-def _uuid(text: str) -> uuid.UUID | None:
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        return None

@@ -19,6 +19,7 @@
 
   // Times: the server writes UTC, the reader sees local time.
   const full = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+  const short = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric", hour: "numeric", minute: "2-digit" });
   const ago = (date) => {
     const seconds = Math.max(0, (Date.now() - date) / 1000);
     if (seconds < 60) return "just now";
@@ -27,11 +28,12 @@
     return `${Math.floor(seconds / 86400)} d ago`;
   };
   const tellTimes = () => {
-    for (const element of document.querySelectorAll("time[data-when], time[data-ago]")) {
+    for (const element of document.querySelectorAll("time[data-when], time[data-ago], time[data-short]")) {
       const date = new Date(element.dateTime);
       if (Number.isNaN(date.valueOf())) continue;
       element.title = full.format(date);
-      element.textContent = "ago" in element.dataset ? ago(date) : full.format(date);
+      const { dataset } = element;
+      element.textContent = "ago" in dataset ? ago(date) : ("short" in dataset ? short : full).format(date);
     }
   };
   tellTimes();

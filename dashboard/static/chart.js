@@ -4,6 +4,10 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const numbers = (text) => text.split(",").map(Number);
 
+  const day = (options) => new Intl.DateTimeFormat(undefined, { ...options, timeZone: "UTC" });
+  const short = day({ day: "numeric", month: "short" });
+  const long = day({ dateStyle: "medium" });
+
   const draw = () => {
     const place = document.querySelector("[data-chart]");
     if (!place || !window.uPlot) return;
@@ -22,6 +26,7 @@
     };
     const one = (label, name, paths) => ({
       label,
+      value: (_, n) => n ?? "",
       paths,
       points: { show: false },
       fill: colour(name),
@@ -38,12 +43,12 @@
           y: { range: (_, __, most) => [0, Math.max(4, Math.ceil(most * 1.1))] },
         },
         axes: [
-          { ...axis, grid: { show: false }, values: (_, at) => at.map((s) => new Date(s * 1e3).toISOString().slice(5, 10)), space: 64 },
+          { ...axis, grid: { show: false }, values: (_, at) => at.map((s) => short.format(new Date(s * 1e3))), space: 64 },
           { ...axis, size: 44, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000, 10000] },
         ],
         cursor: { drag: { x: false, y: false }, points: { show: false } },
         series: [
-          { label: "Day", value: (_, at) => (at == null ? "–" : new Date(at * 1e3).toISOString().slice(0, 10)) },
+          { label: "", value: (_, at) => (at == null ? "" : long.format(new Date(at * 1e3))) },
           one("Received", "--bar", wide),
           one("Analysed", "--calm", slim),
           one("Positive", "--stat", slim),

@@ -90,7 +90,9 @@
     put(slice, found);
     words.hidden = Boolean(found.url);
     words.textContent = found.words ?? "";
-    if (heat) put(cam, heat);
+    // A heat map without its slice says nothing, and looks as if it did.
+    if (heat) put(cam, found.url ? heat : {});
+    camWords.hidden = cam.hidden;
     stage.dataset.shown = String(i);
     if (found.url) preload();
   };

@@ -18,19 +18,7 @@ from config.tenants import Tenant
 from db.files import result_folder, store_path
 from db.header import InstanceHeader
 from db.job import JobKind
-from db.result import (
-    CalibratedProbability,
-    Code,
-    Finding,
-    ImageRef,
-    KeyImage,
-    LabelResult,
-    LabelStatus,
-    ModelIdentity,
-    OutputSpec,
-    RawScore,
-    Urgency,
-)
+from db.result import Finding, ImageRef, KeyImage, RawScore, Urgency
 from db.study import AnalysisState, study_state
 from db.tables import (
     AnalysisRow,
@@ -46,41 +34,11 @@ from db.tables import (
     StudyRow,
 )
 from node.phantom import Kind, Phantom, study
+from tests.findings import label_result, make_finding, make_maps, synthetic_headers
 
 NORTH = Tenant(id="north", ae_titles=("NORTH_AI",))
 SOUTH = Tenant(id="south", ae_titles=("SOUTH_AI",))
 _NOW = dt.datetime.now(dt.UTC)
-
-OUTPUT = OutputSpec(
-    algorithm="Vigil ICH",
-    short_name="ICH AI",
-    title="Intracranial hemorrhage triage",
-    procedure=Code("25045-6", "LN", "CT unspecified body region"),
-    body_part="HEAD",
-    laterality="",
-    window_centre=40.0,
-    window_width=80.0,
-    image_word="slice",
-    summary_series="AI ICH Summary - NOT FOR DIAGNOSIS",
-    overlay_series="AI ICH Grad-CAM overlay",
-    report_series="AI ICH Report (TID 1500)",
-    key_series="AI ICH key images",
-    map_series="AI ICH Grad-CAM map",
-    attention_words="AI attention map - not a lesion outline",
-    disclaimer="Research use only. Not for primary diagnosis. A negative excludes nothing.",
-    conclusion_present="Findings suspicious for intracranial hemorrhage.",
-    conclusion_absent="No finding above the decision threshold.",
-)
-_MODEL = ModelIdentity(
-    bundle="ich",
-    version="1.0.0",
-    architecture="tf_efficientnet_lite0",
-    weights_sha256="9f2c" * 16,
-    calibration_id="temperature-2026-01",
-    aggregation="noisy-or of the top 3",
-    preprocessing="windows 40/80, 80/200, 600/2800",
-    numerics="fp32",
-)
 
 
 def settings_for(base: Settings, **dashboard: object) -> Settings:
@@ -93,55 +51,38 @@ def settings_for(base: Settings, **dashboard: object) -> Settings:
 
 
 def finding(images: Sequence[ImageRef], probability: float, *, is_partial: bool = False) -> Finding:
-    """A result over `images` whose strongest slice is the middle one."""
-    n = len(images)
-    middle = n // 2
+    """A result over `images` whose strongest slice is the middle one; at 8 % prevalence."""
+    middle = len(images) // 2
     peak = float(np.log(probability / (1 - probability))) + 0.4
-    logits = tuple(peak - 0.14 * (i - middle) ** 2 for i in range(n))
-    top = sorted(range(n), key=lambda i: -logits[i])[:3]
-    shown = CalibratedProbability(
-        value=probability, prevalence=0.08, reference=probability, lower_clip=0.02, upper_clip=0.97
+    logits = tuple(peak - 0.14 * (i - middle) ** 2 for i in range(len(images)))
+    top = sorted(range(len(images)), key=lambda i: -logits[i])[:3]
+    labels = tuple(
+        label_result(name, value, top=middle, prevalence=0.08, exploratory=is_exploratory)
+        for name, value, is_exploratory in (
+            ("any", probability, False),
+            ("epidural", 0.4 * probability, False),
+            ("subdural", 0.3 * probability, True),
+            ("subarachnoid", 0.05, True),
+        )
     )
-    part = CalibratedProbability(probability * 0.4, 0.08, probability * 0.4, 0.02, 0.97)
-    labels = [
-        LabelResult(
-            "any", "Any hemorrhage", Code("1386000", "SCT", "Intracranial hemorrhage"),
-            LabelStatus.VALIDATED, RawScore(peak), shown, 0.35, middle,
-        ),
-        LabelResult(
-            "epidural", "Epidural", Code("82999001", "SCT", "Epidural intracranial hemorrhage"),
-            LabelStatus.VALIDATED, RawScore(peak - 1.5),
-            part, 0.4, middle,
-        ),
-        LabelResult(
-            "subdural", "Subdural", Code("35486000", "SCT", "Subdural intracranial hemorrhage"),
-            LabelStatus.EXPLORATORY, RawScore(peak - 2), None, None, middle,
-        ),
-        LabelResult(
-            "subarachnoid", "Subarachnoid",
-            Code("21454007", "SCT", "Subarachnoid intracranial hemorrhage"),
-            LabelStatus.EXPLORATORY, RawScore(-3.0), None, None, 0,
-        ),
-    ]  # fmt: skip
-    is_positive = probability >= 0.35
-    keys = [KeyImage(i, "any", RawScore(logits[i]), None) for i in sorted(top)]
-    return Finding(
+    is_positive = bool(labels[0].is_present)
+    quiet = Urgency.URGENT if is_positive else Urgency.ROUTINE
+    return make_finding(
+        synthetic_headers(1),
+        positive=is_positive,
+        keys=(0,),
         result_uuid=str(uuid.uuid4()),
         started_at=_NOW.isoformat(),
-        model=_MODEL,
         images=tuple(images),
-        labels=tuple(labels),
+        labels=labels,
         image_logits={"any": logits},
-        key_images=tuple(keys) if is_positive else (),
-        urgency=Urgency.STAT
-        if probability > 0.8
-        else Urgency.URGENT
+        key_images=tuple(KeyImage(i, "any", RawScore(logits[i]), None) for i in sorted(top))
         if is_positive
-        else Urgency.ROUTINE,
-        output=OUTPUT,
+        else (),
+        urgency=Urgency.STAT if probability > 0.8 else quiet,
         is_partial=is_partial,
         notes=("A hole of 10 mm between slices 7 and 9.",) if is_partial else (),
-        map_scale=1.0 if is_positive else 0.0,
+        shows_regions=False,
     )
 
 
@@ -331,16 +272,9 @@ def _result(
 
 
 def _maps(found: Finding) -> bytes:
-    cams = {}
-    for number, key in enumerate(found.key_images):
-        size = found.images[key.image].rows
-        y, x = np.mgrid[0:size, 0:size] / size
-        peak = 0.6 + 0.2 * number
-        cams[f"cam_{number}"] = (
-            peak * np.exp(-(((x - 0.62) / 0.12) ** 2 + ((y - 0.45) / 0.1) ** 2))
-        ).astype(np.float32)
     file = io.BytesIO()
-    np.savez_compressed(file, **cams)
+    maps = {f"cam_{number}": cam for number, cam in make_maps(found).items()}
+    np.savez_compressed(file, **maps)
     return file.getvalue()
 
 

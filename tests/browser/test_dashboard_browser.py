@@ -1,103 +1,27 @@
 """The dashboard in a real browser: Chromium, driven by Playwright, against the real process."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import (
-    Browser,
-    BrowserContext,
-    ConsoleMessage,
-    Page,
-    expect,
-    sync_playwright,
-)
+from playwright.sync_api import Browser, expect
 from sqlalchemy import Engine, delete
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from dashboard import users
 from db.study import AnalysisState
 from db.tables import SessionRow
 from tests.browser import seed
-from tests.browser.web import HASH, PASSWORD
-
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-DESK = {"width": 1280, "height": 850}
-PHONE = {"width": 390, "height": 844}
-CONFIG = """
-[dashboard]
-port = 0
-[[tenants]]
-id = "north"
-ae_titles = ["NORTH_AI"]
-[[tenants]]
-id = "south"
-ae_titles = ["SOUTH_AI"]
-"""
-
-
-@dataclass
-class Site:
-    base: str
-    engine: Engine
-    data_dir: Path
-    studies: dict[str, uuid.UUID]
-
-    def account(self, name: str, role: str, tenant: str | None, password_hash: str = HASH) -> str:
-        """Make an account; returns a one-time link."""
-        with Session(self.engine) as session, session.begin():
-            user = users.create_user(session, name, role, tenant)
-            user.password_hash = password_hash
-            return users.login_link(session, user.id, self.base)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        if os.environ.get("VIGIL_REQUIRE_PEERS") == "1":
-            pytest.fail(f"{CHROMIUM} is not installed")
-        pytest.skip(f"{CHROMIUM} is not installed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
+from tests.browser.desk import DESK, PHONE, Site, open_study, serving, sit_down
 
 
 @pytest.fixture
 def site(settings: Settings, engine: Engine, tmp_path: Path) -> Iterator[Site]:
     data_dir = settings.node.data_dir
     studies = seed.hospital(engine, data_dir)
-    config = tmp_path / "vigil.toml"
-    config.write_text(CONFIG)
-    environment = os.environ | {
-        "VIGIL_CONFIG": str(config),
-        "VIGIL_NODE__DATABASE_URL": settings.node.database_url.get_secret_value(),
-        "VIGIL_NODE__DATA_DIR": str(data_dir),
-    }
-    command = [sys.executable, "-m", "dashboard"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = json.loads(process.stdout.readline())
-        yield Site(f"http://127.0.0.1:{line['port']}", engine, data_dir, studies)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+    with serving(settings, tmp_path) as base:
+        yield Site(base, engine, data_dir, studies)
 
 
 @pytest.fixture(autouse=True)
@@ -106,48 +30,6 @@ def _closing_time(chromium: Browser, site: Site) -> Iterator[None]:
     yield
     for context in chromium.contexts:
         context.close()
-
-
-@dataclass
-class Desk:
-    """A signed-in browser that notes everything that should not happen."""
-
-    page: Page
-    troubles: list[str]
-    hosts: set[str]
-
-
-def sit_down(
-    chromium: Browser,
-    site: Site,
-    role: str = "manager",
-    tenant: str | None = "north",
-    **options: object,
-) -> Desk:
-    site.account("ann", role, tenant)
-    context: BrowserContext = chromium.new_context(**{"viewport": DESK, **options})  # type: ignore[arg-type]
-    desk = Desk(context.new_page(), [], set())
-    page = desk.page
-    page.set_default_timeout(15_000)
-
-    def on_console(message: ConsoleMessage) -> None:
-        if message.type == "error" and "404" not in message.text:  # a picture that is not kept
-            desk.troubles.append(message.text)
-
-    page.on("console", on_console)
-    page.on("pageerror", lambda error: desk.troubles.append(str(error)))
-    page.on("request", lambda request: desk.hosts.add(request.url.split("/")[2]))
-    page.goto(f"{site.base}/login")
-    page.fill("input[name=name]", "ann")
-    page.fill("input[name=password]", PASSWORD)
-    page.press("input[name=password]", "Enter")
-    page.wait_for_url(f"{site.base}/")
-    return desk
-
-
-def open_study(desk: Desk, site: Site, accession: str = "ACC-88121") -> Page:
-    desk.page.goto(f"{site.base}/study/{site.studies[accession]}")
-    return desk.page
 
 
 def test_a_one_time_link_leads_to_the_overview(chromium: Browser, site: Site) -> None:
@@ -219,7 +101,8 @@ def test_the_worklist_follows_the_node_without_a_reload(chromium: Browser, site:
         site.engine, site.data_dir, seed.Case(name="JUST^ARRIVED", probability=0.97, minutes_ago=0)
     )
 
-    expect(page.locator("[data-row]").first).to_contain_text("JUST, ARRIVED")
+    # Under the other STAT, which waits longer.
+    expect(page.locator("[data-row]").nth(1)).to_contain_text("JUST, ARRIVED")
 
 
 def test_a_filter_stays_through_a_live_refresh(chromium: Browser, site: Site) -> None:

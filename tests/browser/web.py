@@ -1,6 +1,7 @@
 """A dashboard over a test's database, in this process, and people who use it."""
 
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dashboard import passwords, users
 from dashboard.app import create_app
 from db.sandbox import Sandbox
 from db.tables import AuditRow, UserRow
-from tests.browser.seed import settings_for
+from tests.browser.seed import Case, add, settings_for
 
 PASSWORD = "correct horse battery"
 HASH = passwords.hashed(PASSWORD)
@@ -80,6 +81,12 @@ class Web:
         with Session(self.engine) as session:
             query = select(AuditRow).where(AuditRow.action == action).order_by(AuditRow.id)
             return list(session.scalars(query))
+
+
+def positive(web: Web, **changes: object) -> uuid.UUID:
+    """A study with a small stack and, unless `changes` say otherwise, something suspected."""
+    case = Case(**{"probability": 0.93, "slices": 6, "matrix": 32, **changes})  # type: ignore[arg-type]
+    return add(web.engine, web.data_dir, case)
 
 
 @contextmanager
