@@ -58,7 +58,8 @@ class SendFlags(_Part):
     sr: bool = True
     kos: bool = True
     pm: bool = False  # the heat maps as numbers: a Parametric Map, where the source has a geometry
-    mfsc: bool = False
+    mfsc: bool = False  # overlays as frames of one Multi-frame Secondary Capture, not one by one
+    not_processed: bool = False  # a page that says so where an analysis ends without a result
 
 
 class Destination(_Part):
@@ -69,6 +70,7 @@ class Destination(_Part):
     host: str = Field(min_length=1)
     port: int = Field(ge=1, le=65535)
     tls: bool = False
+    tls_name: str = ""  # in the destination's certificate, where that is not `host`
     calling_ae: AETitle | None = None  # default: the tenant's first AE title
     commitment: bool = False  # ask for storage commitment
     expire_h: float = Field(default=240.0, gt=0)
@@ -84,9 +86,8 @@ class Destination(_Part):
     @model_validator(mode="after")
     def _is_built(self) -> Self:
         # A key that does nothing would be believed.
-        asked = {"commitment": self.commitment, "send.mfsc": self.send.mfsc}
-        if missing := [name for name, wanted in asked.items() if wanted]:
-            raise ValueError(f"not in this version: {', '.join(missing)}")
+        if self.commitment:
+            raise ValueError("not in this version: commitment")
         return self
 
 

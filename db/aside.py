@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from db import studies
+from db.header import InstanceHeader
 from db.identity import Described, Trouble
 from db.meta import Provenance
 from db.outbox import DeliveryState
@@ -38,10 +39,16 @@ def quarantine(
     item: Spooled,
     source: Provenance,
     trouble: Trouble,
-    sop_instance_uid: str = "",
+    *,
+    uid: str = "",
+    said: InstanceHeader | None = None,
     study: StudyRow | None = None,
 ) -> None:
-    """Set an instance aside until an operator decides; a conflict holds the study."""
+    """Set an instance aside until an operator decides; a conflict holds the study.
+
+    uid : its SOP Instance UID, as far as it is known
+    said : what it says of itself, which need not be true
+    """
     session.add(
         QuarantineRow(
             id=item.id,
@@ -51,7 +58,9 @@ def quarantine(
             code=trouble.code,
             reason=trouble.reason,
             is_conflict=trouble.is_conflict,
-            sop_instance_uid=sop_instance_uid,
+            sop_instance_uid=uid,
+            study_instance_uid=said.study_instance_uid if said else "",
+            series_instance_uid=said.series_instance_uid if said else "",
             sender=source.calling_ae,
             size_bytes=item.path.stat().st_size,
         )

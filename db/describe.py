@@ -20,7 +20,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from db.errors import NotDicom
+from db.errors import CutOff, NotDicom
 from db.header import InstanceHeader
 from db.lenient import BAD_VALUE, date, integer, number, numbers, text, texts
 from db.meta import transfer_syntax
@@ -86,8 +86,8 @@ _KEYWORDS = {*_TEXTS.values(), *_INTEGERS.values(), *_PATIENT.values(), *_OTHERS
 _TAGS = [tag for keyword in sorted(_KEYWORDS) if (tag := tag_for_keyword(keyword)) is not None]
 
 
-def describe(path: str) -> Answer:
-    """Read a spooled file.
+def describe(path: str, may_be_cut: bool = False) -> Answer:
+    """Read a spooled file; where its pixel data `may_be_cut`, they are passed over.
 
     Returns
     -------
@@ -97,7 +97,9 @@ def describe(path: str) -> Answer:
     Raises
     ------
     NotDicom
-        If no data set can be read, or it is cut off.
+        If no data set can be read.
+    CutOff
+        If one begins, and ends in the middle.
     """
     with warnings.catch_warnings(), open(path, "rb") as file:
         warnings.simplefilter("ignore")
@@ -107,7 +109,9 @@ def describe(path: str) -> Answer:
         ds = _dataset(body, is_implicit=syntax in _IMPLICIT, is_big=is_big)
         is_implicit = bool(ds.original_encoding[0])
         swap = max(1, (integer(ds, "BitsAllocated") or 8) // 8)
-        pixels = pixel_sha256(body, is_implicit=is_implicit, is_big=is_big, swap=swap)
+        pixels = ""
+        if not may_be_cut:
+            pixels = pixel_sha256(body, is_implicit=is_implicit, is_big=is_big, swap=swap)
         header = _header(ds, syntax)
         patient = {name: text(ds, keyword) for name, keyword in _PATIENT.items()}
     return {
@@ -146,12 +150,13 @@ def _dataset(file: BinaryIO, *, is_implicit: bool, is_big: bool) -> Dataset:
         specific_tags=_TAGS,
     )
     tags = list(ds.keys())  # iterating over the data set itself would convert its values
-    if file.tell() > size or any(_is_cut(ds.get_item(tag)) for tag in tags):
-        raise NotDicom("the data set is cut off")
+    # First, since any text reads as an element that is longer than the file.
     if not any(
         text(ds, keyword) for keyword in ("SOPInstanceUID", "StudyInstanceUID", "PatientID")
     ):
-        raise NotDicom("neither UIDs nor a patient: not a data set")
+        raise NotDicom("it holds no UID and no patient, so it is no DICOM data set")
+    if file.tell() > size or any(_is_cut(ds.get_item(tag)) for tag in tags):
+        raise CutOff("the data set is cut off")
     return ds
 
 

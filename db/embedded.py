@@ -11,10 +11,11 @@ import os
 import pwd
 import secrets
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import URL
@@ -70,12 +71,17 @@ def start(data_dir: Path) -> URL:
 
 
 def stop(data_dir: Path) -> None:
-    """Stop the server cleanly; nothing happens when it is down."""
+    """Stop the server cleanly, and leave no folder for its sockets; safe when it is down."""
     home = _home(data_dir)
-    if not is_running(data_dir):
+    if not home.exists():
         return
     with _lock(home):
-        _run(home, "pg_ctl", "stop", "-D", "cluster", "-m", "fast", "-w", "-t", str(STOP_TIMEOUT_S))
+        if is_running(data_dir):
+            wait = ("-w", "-t", str(STOP_TIMEOUT_S))
+            _run(home, "pg_ctl", "stop", "-D", "cluster", "-m", "fast", *wait)
+        # Empty after a clean stop. What a killed server left in it the next one takes over.
+        with suppress(OSError):
+            _sockets(home).rmdir()
 
 
 def is_running(data_dir: Path) -> bool:
@@ -124,8 +130,7 @@ def _create(home: Path) -> None:
 
 
 def _start(home: Path) -> None:
-    _sockets(home).mkdir(mode=0o700, exist_ok=True)
-    _give_to_server_user(_sockets(home))
+    _make_sockets(home)
     _run(
         home, "pg_ctl", "start", "-D", "cluster", "-w", "-t", str(START_TIMEOUT_S),
         "-l", "cluster/start.log",
@@ -152,6 +157,18 @@ def _sockets(home: Path) -> Path:
         return beside
     name = hashlib.sha256(str(home).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"vigil-pg-{name}"
+
+
+def _make_sockets(home: Path) -> None:
+    """In a folder for temporary files anybody can make the like first, or a link elsewhere."""
+    folder = _sockets(home)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found, user = folder.lstat(), _server_user()
+    owners = {os.geteuid()} | ({user.pw_uid} if user else set())
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in owners:
+        raise EmbeddedFailed(f"{folder} is somebody else's; remove it")
+    _give_to_server_user(folder)
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -58,6 +58,12 @@ class NotDicom(PermanentError):
     code: ClassVar[str] = "not_dicom"
 
 
+class CutOff(NotDicom):
+    """A DICOM data set that ends in the middle: its sender, or the line, lost the rest."""
+
+    code: ClassVar[str] = "cut_off"
+
+
 class ChildDied(TransientError):
     """A sandboxed child crashed, hung or passed one of its limits."""
 

@@ -17,8 +17,9 @@ from db.aside import Arrival, quarantine
 from db.errors import StaleAnalysis
 from db.files import same_content, store_path
 from db.header import InstanceHeader
-from db.identity import Stored, Trouble, conflict, is_same_patient
+from db.identity import Described, Stored, Trouble, conflict, is_same_patient
 from db.job import Lane, lane
+from db.meta import Provenance
 from db.spool import Spooled
 from db.study import AnalysisEvent, AnalysisState
 from db.tables import (
@@ -52,7 +53,7 @@ def file_study(
     Duplicates and variants, which need no row. An arrival that is neither filed nor returned waits
     in the spool for the outcome of another.
     """
-    study = _locked(session, arrivals[0])
+    study = _locked(session, arrivals[0].source, arrivals[0].described)
     firsts = _firsts(session, arrivals)
     dropped: list[Spooled] = []
     accepted: dict[str, Arrival] = {}
@@ -65,7 +66,7 @@ def file_study(
         elif study is not None and not is_same_patient(_patient_of(study), item.described.patient):
             reason = "Its patient is not the one this study belongs to."
             trouble = Trouble("second_patient", reason, is_conflict=True)
-            quarantine(session, item.spooled, item.source, trouble, item.uid, study)
+            _set_aside(session, item, trouble, study)
         else:
             study = study or _created(session, tenant, item)
             _fill_issuer(study, item)
@@ -75,13 +76,25 @@ def file_study(
     return dropped
 
 
-def _locked(session: Session, item: Arrival) -> StudyRow | None:
+def _set_aside(session: Session, item: Arrival, trouble: Trouble, study: StudyRow | None) -> None:
+    said = item.described.header
+    quarantine(session, item.spooled, item.source, trouble, uid=item.uid, said=said, study=study)
+
+
+def study_of(session: Session, source: Provenance, found: Described) -> StudyRow | None:
+    """The study that an instance says it is of, if that is open and of the same patient."""
+    study = _locked(session, source, found)
+    is_its = study is not None and is_same_patient(_patient_of(study), found.patient)
+    return study if is_its else None
+
+
+def _locked(session: Session, source: Provenance, found: Described) -> StudyRow | None:
     return session.scalar(
         select(StudyRow)
         .where(
-            StudyRow.tenant == item.source.tenant,
-            StudyRow.origin == item.source.origin,
-            StudyRow.study_instance_uid == item.described.header.study_instance_uid,
+            StudyRow.tenant == source.tenant,
+            StudyRow.origin == source.origin,
+            StudyRow.study_instance_uid == found.header.study_instance_uid,
         )
         .with_for_update(key_share=True)
     )
@@ -107,7 +120,7 @@ def _created(session: Session, tenant: Tenant | None, item: Arrival) -> StudyRow
     )
     if made is None:
         raise StaleAnalysis("another intake has just opened this study")
-    study = _locked(session, item)
+    study = _locked(session, source, item.described)
     assert study is not None  # just made, in this transaction
     studies.record(
         session,
@@ -143,7 +156,7 @@ def _file_again(
     )
     study = session.get_one(StudyRow, first.study_id, with_for_update={"key_share": True})
     if trouble := conflict(stored, item.described):
-        quarantine(session, item.spooled, item.source, trouble, item.uid, study)
+        _set_aside(session, item, trouble, study)
         return []
     path = store_path(data_dir, first.tenant, first.study_id, first.id)
     if same_content(path, item.spooled.path):

@@ -55,7 +55,7 @@ def uid_trouble(found: Described, source: Provenance) -> Trouble | None:
     }
     if absent := [name for name, uid in uids.items() if not uid]:
         return Trouble("missing_uid", f"The data set has no {', no '.join(absent)}.")
-    if bad := [name for name, uid in uids.items() if not _is_uid(uid)]:
+    if bad := [name for name, uid in uids.items() if not is_uid(uid)]:
         return Trouble("bad_uid", f"The data set's {' and '.join(bad)} cannot be a UID.")
     if header.sop_instance_uid != source.sop_instance_uid:
         return Trouble(
@@ -68,7 +68,7 @@ def uid_trouble(found: Described, source: Provenance) -> Trouble | None:
     return None
 
 
-def _is_uid(text: str) -> bool:
+def is_uid(text: str) -> bool:
     return len(text) <= _MAX_UID and _UID.fullmatch(text) is not None
 
 

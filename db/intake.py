@@ -21,11 +21,11 @@ from sqlalchemy.orm import Session
 from config.settings import Settings
 from db.aside import Arrival, file_returned, quarantine
 from db.describe import describe
-from db.errors import ChildDied, PermanentError, TransientError
+from db.errors import ChildDied, CutOff, NodeError, PermanentError, TransientError
 from db.faults import point
 from db.files import link_all, quarantine_path, returned_path, store_path
-from db.filing import file_study
-from db.identity import Described, Trouble, uid_trouble
+from db.filing import file_study, study_of
+from db.identity import Described, Trouble, is_uid, uid_trouble
 from db.meta import Provenance
 from db.sandbox import Sandbox
 from db.spool import Spooled, read_provenance, scan
@@ -45,6 +45,12 @@ class _Unread:
     spooled: Spooled
     source: Provenance
     trouble: Trouble
+    begun: Described | None = None  # what stands before the place where it is cut off
+
+    @property
+    def uid(self) -> str:
+        """Of the command: all that is known of it. Empty where that is none."""
+        return self.source.sop_instance_uid if is_uid(self.source.sop_instance_uid) else ""
 
 
 class Intake:
@@ -123,20 +129,40 @@ class Intake:
             code = "kills_reader" if isinstance(error, ChildDied) else error.code
             return _Unread(item, source, Trouble(code, reason))
         except PermanentError as error:
-            return _Unread(item, source, Trouble(error.code, f"It cannot be read: {error}."))
+            trouble = Trouble(error.code, f"It cannot be read: {error}.")
+            begun = self._begun(item) if isinstance(error, CutOff) else None
+            return _Unread(item, source, trouble, begun)
+
+    def _begun(self, item: Spooled) -> Described | None:
+        """A file whose pixel data is cut off still says whose study lacks an image."""
+        try:
+            value, _ = self._sandbox.run(describe, str(item.path), True, timeout_s=_READ_S)
+        except NodeError:
+            return None
+        return Described.from_json(value)
 
     def _file(self, found: Sequence[Arrival | _Unread]) -> list[Spooled]:
         """Make the rows; returns what needs none: duplicates."""
-        with Session(self._engine) as session, session.begin():
-            for unread in found:
-                if isinstance(unread, _Unread):
-                    quarantine(session, unread.spooled, unread.source, unread.trouble)
         arrivals = [item for item in found if isinstance(item, Arrival)]
         dropped: list[Spooled] = []
         # One transaction each, in one order everywhere, so that two intakes cannot deadlock.
         for _, group in groupby(sorted(arrivals, key=_study_key), key=_study_key):
             dropped += self._file_surely(list(group))
+        # Last, and one by one likewise: the study that lacks it may have been opened just now.
+        for unread in found:
+            if isinstance(unread, _Unread):
+                with Session(self._engine) as session, session.begin():
+                    self._set_aside(session, unread)
         return dropped
+
+    def _set_aside(self, session: Session, item: _Unread) -> None:
+        study = None
+        if item.begun is not None and uid_trouble(item.begun, item.source) is None:
+            study = study_of(session, item.source, item.begun)
+        said = item.begun.header if item.begun else None
+        quarantine(
+            session, item.spooled, item.source, item.trouble, uid=item.uid, said=said, study=study
+        )
 
     def _file_surely(self, arrivals: list[Arrival]) -> list[Spooled]:
         """One study's instances; what the database refuses is set aside, not tried for ever."""
@@ -161,7 +187,7 @@ class Intake:
             if item.uid in ours:
                 continue
             if trouble := uid_trouble(item.described, item.source):
-                quarantine(session, item.spooled, item.source, trouble, item.uid)
+                quarantine(session, item.spooled, item.source, trouble, uid=item.uid)
             else:
                 fit.append(item)
         if fit:

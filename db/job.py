@@ -6,6 +6,7 @@ from enum import IntEnum, StrEnum
 class JobKind(StrEnum):
     INFER = "INFER"  # pixels to a finding
     BUILD = "BUILD"  # a finding to DICOM objects and outbox rows
+    NOTICE = "NOTICE"  # no finding: a page that says so, where a destination asks for one
 
 
 class JobState(StrEnum):

@@ -4,7 +4,7 @@ import hashlib
 import struct
 from typing import BinaryIO
 
-from db.errors import NotDicom
+from db.errors import CutOff, NotDicom
 
 PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})  # float, double float, integer
 _ITEM, _END = 0xFFFEE000, 0xFFFEE0DD
@@ -42,8 +42,10 @@ def pixel_sha256(file: BinaryIO, *, is_implicit: bool, is_big: bool, swap: int) 
 
     Raises
     ------
+    CutOff
+        If the element ends in the middle.
     NotDicom
-        If the element is cut off.
+        If its fragments are none.
     """
     order = ">" if is_big else "<"
     head = _exactly(file, 8) if _has_more(file) else b""
@@ -104,5 +106,5 @@ def _has_more(file: BinaryIO) -> bool:
 def _exactly(file: BinaryIO, size: int) -> bytes:
     data = file.read(size)
     if len(data) != size:
-        raise NotDicom("the pixel data is cut off")
+        raise CutOff("the pixel data is cut off")
     return data

@@ -104,7 +104,9 @@ def read_images(
             stored = iter_pixels(source, indices=wanted, raw=True, correct_unused_bits=False)
             _fill(values, stored, ds, described)
         except _BAD_STREAM as error:
-            raise Undecodable(f"{_syntax(ds)}: {type(error).__name__}") from None
+            raise Undecodable(
+                f"its pixel data cannot be decoded ({type(error).__name__} in {_syntax(ds)})"
+            ) from None
     return _description(ds, total, described), [values]
 
 

@@ -25,7 +25,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 from db import studies
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
 from db.job import BACKOFF_MAX_S, MAX_ATTEMPTS, JobKind, JobState, Lane, backoff_s
-from db.study import NEXT_JOB, AnalysisEvent, AnalysisState
+from db.study import NEXT_JOB, SETTLED, AnalysisEvent, AnalysisState
 from db.tables import AnalysisRow, JobRow, StudyRow
 
 #: Waiting this long lifts a job by one lane, so that routine always moves.
@@ -82,7 +82,7 @@ def claim(
             JobRow.state == JobState.TODO,
             JobRow.kind.in_(kinds),
             _is_past(JobRow.run_after),
-            or_(JobRow.kind != JobKind.BUILD, StudyRow.is_held.is_(False)),
+            or_(JobRow.kind == JobKind.INFER, StudyRow.is_held.is_(False)),
             *([AnalysisRow.bundle.in_(bundles)] if bundles is not None else []),
         )
         .order_by(_aged_lane(), busy, JobRow.run_after, JobRow.id)
@@ -209,6 +209,8 @@ def give_up(session: Session, job: ClaimedJob, *, code: str, reason: str) -> Non
     analysis = studies.load(session, job.analysis_id)
     if analysis.row_version != job.analysis_version:
         return
+    if job.kind is JobKind.NOTICE:
+        _notice_given_up(session, analysis, code)
     if analysis.state not in (AnalysisState.QUEUED, AnalysisState.FOUND):
         return
     studies.move(
@@ -219,12 +221,33 @@ def give_up(session: Session, job: ClaimedJob, *, code: str, reason: str) -> Non
         is_alarm=True,
         reason_code=code,
         reason=reason,
+        is_applicable=True,  # it was begun; an earlier refusal is over
+    )
+
+
+def _notice_given_up(session: Session, analysis: studies.Analysis, code: str) -> None:
+    studies.record(
+        session,
+        "notice_given_up",
+        tenant=analysis.tenant,
+        origin=analysis.origin,
+        study_id=analysis.study_id,
+        analysis_id=analysis.id,
+        is_alarm=True,
+        bundle=analysis.bundle,
+        reason_code=code,
     )
 
 
 def release(session: Session, job: ClaimedJob) -> None:
     """Give a claimed job back untouched: the worker stops."""
     _put_back(session, job, attempts=job.attempts, wait=dt.timedelta(0), error_code="")
+
+
+def put_off(session: Session, job: ClaimedJob, wait: dt.timedelta) -> None:
+    """Give a claimed job back untouched, for later; at most BACKOFF_MAX_S, or it would be due."""
+    wait = min(wait, dt.timedelta(seconds=BACKOFF_MAX_S))
+    _put_back(session, job, attempts=job.attempts, wait=wait, error_code="")
 
 
 def requeue_dead(session: Session) -> int:
@@ -258,7 +281,8 @@ def restore_lost(session: Session) -> int:
     """
     lost = session.execute(
         select(AnalysisRow.id, AnalysisRow.study_id).where(
-            AnalysisRow.state.in_(list(NEXT_JOB)),
+            # A settled state owes at most a notice, and has had its job.
+            AnalysisRow.state.in_(set(NEXT_JOB) - SETTLED),
             AnalysisRow.updated_at < func.now() - dt.timedelta(seconds=2 * DEFAULT_LEASE_S),
             ~_open_jobs(AnalysisRow.id),
         )

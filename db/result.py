@@ -4,7 +4,7 @@ A raw score and a calibrated probability are two types: mypy refuses to report t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -278,8 +278,3 @@ def percent_exact(value: float) -> float:
 
 def _whole(value: float, *, up: bool) -> int:
     return math.ceil(100 * value) if up else math.floor(100 * value)
-
-
-def study_words(labels: Sequence[LabelResult]) -> str:
-    """SUSPECTED or NOT DETECTED; never that something is not there."""
-    return "SUSPECTED" if any(label.is_present for label in labels) else "NOT DETECTED"

@@ -3,13 +3,13 @@
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from db import queue, studies
 from db.result import Eligibility, Finding
 from db.study import AnalysisEvent
-from db.tables import ResultRow
+from db.tables import NoticeRow, ResultRow
 
 
 def store_finding(
@@ -26,7 +26,7 @@ def store_finding(
         If the analysis was reopened meanwhile: an old inference never finishes it.
     """
     analysis = queue.analysis_of(session, job)
-    result_no = analysis.result_no + 1
+    result_no = next_no(session, analysis)
     probability = finding.primary.probability
     session.add(
         ResultRow(
@@ -78,6 +78,15 @@ def refuse(session: Session, analysis: studies.Analysis, refusal: Eligibility) -
         reason=refusal.reason,
         is_applicable=refusal.is_applicable,
     )
+
+
+def next_no(session: Session, analysis: studies.Analysis) -> int:
+    """The number of what is issued next; results and notices share one sequence."""
+    studies.lock(session, analysis.study_id)  # nobody else draws meanwhile
+    noticed = session.scalar(
+        select(func.max(NoticeRow.result_no)).where(NoticeRow.analysis_id == analysis.id)
+    )
+    return 1 + max(analysis.result_no, noticed or 0)
 
 
 def latest(session: Session, analysis_id: int) -> ResultRow | None:

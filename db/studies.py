@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from config.tenants import Tenant
 from db.errors import StaleAnalysis
-from db.job import JobState
+from db.job import JobKind, JobState
 from db.study import NEXT_JOB, AnalysisEvent, AnalysisState, advance, study_state
-from db.tables import AnalysisRow, EventRow, JobRow, StudyRow
+from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, NoticeRow, StudyRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Analysis:
     analysed_ids: tuple[str, ...]
     analysed_sha256: str
     is_partial: bool
+    is_applicable: bool
     lane: int
 
 
@@ -60,6 +61,7 @@ def load(session: Session, analysis_id: int) -> Analysis:
         analysed_ids=tuple(found.analysed_ids),
         analysed_sha256=found.analysed_sha256,
         is_partial=found.is_partial,
+        is_applicable=found.is_applicable,
         lane=lane,
     )
 
@@ -108,8 +110,11 @@ def move(
     )
     if moved is None:
         raise StaleAnalysis(f"analysis row {analysis.id} is past version {analysis.row_version}")
+    after = load(session, analysis.id)
     _void_jobs(session, after)
-    enqueue(session, after)
+    _drop_notices(session, after)
+    if after.state is not analysis.state:
+        enqueue(session, after)
     record(
         session,
         event.lower(),
@@ -123,7 +128,7 @@ def move(
         **(detail or {}),
     )
     refresh_state(session, analysis.study_id)
-    return load(session, analysis.id)
+    return after
 
 
 def _void_jobs(session: Session, after: Analysis) -> None:
@@ -135,16 +140,35 @@ def _void_jobs(session: Session, after: Analysis) -> None:
     )
 
 
+def _drop_notices(session: Session, after: Analysis) -> None:
+    # Whatever a notice said of an earlier version is over; what was sent cannot be called back.
+    session.execute(
+        update(DeliveryRow)
+        .where(
+            DeliveryRow.analysis_id == after.id,
+            DeliveryRow.result_id.in_(
+                select(NoticeRow.id).where(NoticeRow.analysis_id == after.id)
+            ),
+            DeliveryRow.state == "WAITING",  # db.outbox, which builds on this module
+            DeliveryRow.statuses == {},
+        )
+        .values(state="DROPPED", finished_at=func.now())
+    )
+
+
 def enqueue(session: Session, analysis: Analysis) -> bool:
     """Make the job that the analysis' state asks for; False where it asks for none."""
-    if analysis.state not in NEXT_JOB:
+    kind = NEXT_JOB.get(analysis.state)
+    if kind is JobKind.NOTICE and (analysis.is_shadow or not analysis.is_applicable):
+        return False  # nobody waits for what nobody was promised
+    if kind is None:
         return False
     session.add(
         JobRow(
             analysis_id=analysis.id,
             tenant=analysis.tenant,
             origin=analysis.origin,
-            kind=NEXT_JOB[analysis.state],
+            kind=kind,
             lane=analysis.lane,
             analysis_version=analysis.row_version,
         )

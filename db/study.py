@@ -3,14 +3,15 @@
 The unit of work is the analysis: one study, seen by one bundle, over one set of instances.
 
     WAITING --ready--> QUEUED --scored--> FOUND --objects built--> BUILT --all accepted--> DELIVERED
-                          |--> NOT_ANALYSED (a reason)                '--> DELIVERED_IN_PART
-                          '--> FAILED (a reason)
+                          |--> NOT_ANALYSED (a reason; a notice)      '--> DELIVERED_IN_PART
+                          '--> FAILED (a reason; a notice)
 
 Three counters that must never be confused:
 
 - `row_version` changes with every write: the compare-and-swap.
 - `inputs_version` changes with every instance accepted into the study.
-- `result_no` counts the results issued for an analysis: what people see as REVISION n.
+- `result_no` numbers what is issued for an analysis, results and notices that there is none: what
+  people see as REVISION n. An analysis holds that of its newest result.
 """
 
 from collections.abc import Iterable, Mapping
@@ -69,8 +70,14 @@ TRANSITIONS: Mapping[tuple[AnalysisState, AnalysisEvent], AnalysisState] = {
     (_S.DELIVERED_IN_PART, _E.RESEND): _S.BUILT,
 }
 
-# The whole pipeline: entering a state enqueues this job, in the same transaction.
-NEXT_JOB: Mapping[AnalysisState, JobKind] = {_S.QUEUED: JobKind.INFER, _S.FOUND: JobKind.BUILD}
+# The whole pipeline: entering a state enqueues this job, in the same transaction. A settled state
+# stays what it is, whatever becomes of its notice.
+NEXT_JOB: Mapping[AnalysisState, JobKind] = {
+    _S.QUEUED: JobKind.INFER,
+    _S.FOUND: JobKind.BUILD,
+    _S.NOT_ANALYSED: JobKind.NOTICE,
+    _S.FAILED: JobKind.NOTICE,
+}
 
 
 def advance(state: AnalysisState, event: AnalysisEvent) -> AnalysisState:

@@ -125,6 +125,7 @@ class QuarantineRow(Base):
     """An object that may not join its study until an operator decides."""
 
     __tablename__ = "quarantine"
+    __table_args__ = (Index("ix_quarantine_said", "tenant", "study_instance_uid"),)
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant: Mapped[str]
@@ -139,6 +140,8 @@ class QuarantineRow(Base):
         server_default=text("false")
     )  # holds the study while OPEN
     sop_instance_uid: Mapped[str] = mapped_column(server_default="")
+    study_instance_uid: Mapped[str] = mapped_column(server_default="")  # as it says itself
+    series_instance_uid: Mapped[str] = mapped_column(server_default="")
     sender: Mapped[str] = mapped_column(server_default="")
     size_bytes: Mapped[int] = mapped_column(server_default="0")
     at: Mapped[dt.datetime] = _now()
@@ -224,6 +227,35 @@ class ResultRow(Base):
     at: Mapped[dt.datetime] = _now()
 
 
+class NoticeRow(Base):
+    """What is said of an analysis that ended without a result; stored first, never changed."""
+
+    __tablename__ = "notices"
+    __table_args__ = (UniqueConstraint("analysis_id", "result_no"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    analysis_id: Mapped[int] = mapped_column(ForeignKey("analyses.id", ondelete="CASCADE"))
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"), index=True)
+    tenant: Mapped[str]
+    origin: Mapped[str]
+    bundle: Mapped[str]
+    result_no: Mapped[int] = mapped_column(Integer)  # one sequence with the analysis' results
+    analysis_version: Mapped[int]  # analyses.row_version it was drawn for
+    notice: Mapped[dict[str, Any]]  # db.notices.Notice
+    at: Mapped[dt.datetime] = _now()
+
+
+class BundleRow(Base):
+    """How a bundle presents itself where there is no finding to say it; inference keeps it."""
+
+    __tablename__ = "bundles"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[dict[str, Any]]  # db.result.ModelIdentity
+    output: Mapped[dict[str, Any]]  # db.result.OutputSpec
+    at: Mapped[dt.datetime] = _now()
+
+
 class JobRow(Base):
     __tablename__ = "jobs"
     __table_args__ = (
@@ -268,9 +300,7 @@ class ObjectRow(Base):
     __table_args__ = (UniqueConstraint("result_id", "variant", "sop_instance_uid"),)
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    result_id: Mapped[uuid.UUID] = mapped_column(
-        ForeignKey("results.id", ondelete="CASCADE"), index=True
-    )
+    result_id: Mapped[uuid.UUID] = mapped_column(index=True)  # of a result or a notice
     study_id: Mapped[int] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"), index=True)
     tenant: Mapped[str]
     origin: Mapped[str]
@@ -287,7 +317,7 @@ class ObjectRow(Base):
 
 
 class DeliveryRow(Base):
-    """The outbox: one row per result and destination."""
+    """The outbox: one row per result or notice, and destination."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -301,7 +331,7 @@ class DeliveryRow(Base):
     )
 
     id: Mapped[int] = _key()
-    result_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("results.id", ondelete="CASCADE"))
+    result_id: Mapped[uuid.UUID]  # of a result or a notice
     analysis_id: Mapped[int] = mapped_column(
         ForeignKey("analyses.id", ondelete="CASCADE"), index=True
     )

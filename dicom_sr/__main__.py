@@ -10,7 +10,8 @@ import structlog
 from config import logs
 from config.settings import SettingsError, load
 from db.engine import engine_for
-from db.heartbeat import Heartbeat, process_name
+from db.heartbeat import Heartbeat
+from db.lifetime import worker_name
 from db.process import StopSignal
 from db.sandbox import Sandbox
 from dicom_sr.deliver import Deliverer
@@ -39,7 +40,7 @@ def main(config: Path | None = None) -> int:
     sandbox = Sandbox(size=READERS, memory_mb=READER_MEMORY_MB, cpu_s=READER_CPU_S)
     log.info("ready", n=n_destinations)
     try:
-        worker = process_name("deliver")
+        worker = worker_name("deliver")
         Deliverer(engine, settings, sandbox, worker=worker, version=version("vigil")).run(stop)
     finally:
         sandbox.close()

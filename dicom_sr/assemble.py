@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import structlog
-from sqlalchemy import Engine, select
+from pydicom.uid import SecondaryCaptureImageStorage
+from sqlalchemy import Engine, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -16,22 +17,25 @@ from config.settings import Settings
 from config.tenants import Destination, Tenant
 from db.errors import PermanentError
 from db.files import result_folder, write_durably
+from db.notices import Notice
 from db.result import Finding
 from db.sandbox import Sandbox
-from db.tables import DeliveryRow, ObjectRow, ResultRow, StudyRow
+from db.tables import DeliveryRow, NoticeRow, ObjectRow, ResultRow, StudyRow
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.inputs import Inputs, Subject
+from dicom_sr.notice import build_notice
 from dicom_sr.plan import (
     MAP,
+    OVERLAY,
     REPORT,
     SERIES_STEP_BUNDLE,
     Context,
     ReportReference,
     Variant,
-    parse_time,
     roles_of,
 )
 from dicom_sr.push import is_delivered
+from dicom_sr.times import parse_time
 
 log = structlog.get_logger()
 
@@ -56,11 +60,10 @@ class Assembler:
         self._inputs.warm()
 
     def subject(self, session: Session, result_id: uuid.UUID) -> Subject:
-        row, study = session.execute(
-            select(ResultRow, StudyRow)
-            .join(StudyRow, StudyRow.id == ResultRow.study_id)
-            .where(ResultRow.id == result_id)
-        ).one()
+        """What is issued under an id: a result, else a notice."""
+        row: ResultRow | NoticeRow | None = session.get(ResultRow, result_id)
+        row = row or session.get_one(NoticeRow, result_id)
+        study = session.get_one(StudyRow, row.study_id)
         return Subject(
             result_id=row.id,
             result_no=row.result_no,
@@ -70,15 +73,20 @@ class Assembler:
             tenant=row.tenant,
             origin=row.origin,
             bundle=row.bundle,
-            finding=Finding.from_json(row.finding),
+            content=(
+                Finding.from_json(row.finding)
+                if isinstance(row, ResultRow)
+                else Notice.from_json(row.notice)
+            ),
         )
 
     def variant(
         self, session: Session, subject: Subject, tenant: Tenant, destination: Destination
     ) -> Variant:
         """What a destination gets, given what it accepted of earlier results."""
-        old = accepted_report(session, subject, destination.name)
-        return Variant.of(destination, tenant, subject.bundle, [old] if old else [])
+        report, notice = accepted(session, subject, destination.name)
+        old = [report] if report else []
+        return Variant.of(destination, tenant, subject.bundle, old, notice)
 
     def plain(self, tenant: Tenant, bundle: str) -> Variant:
         """For a tenant without destinations: kept, and shown on the dashboard."""
@@ -97,19 +105,35 @@ class Assembler:
         TransientError
             If the disk is full or a child died.
         """
-        wanted = {v.key: v for v in variants if roles_of(subject.finding, v)}
+        content = subject.content
+        wanted = {v.key: v for v in variants if isinstance(content, Notice) or roles_of(content, v)}
         with Session(self._engine) as session:
             missing = [v for key, v in wanted.items() if not self._is_stored(session, subject, key)]
         if not missing:
             return
-        headers, pixels = self._inputs.headers(subject), self._inputs.pixels(subject)
-        maps = self._inputs.maps(subject)
-        for variant in missing:
-            context = self._context(subject)
-            built = build_objects(subject.finding, headers, pixels, maps, context, variant)
-            if MAP in roles_of(subject.finding, variant) - {one.role for one in built}:
-                log.warning("map_left_out", result_id=str(subject.result_id))  # no common geometry
+        if isinstance(content, Notice):
+            self._build_notice(subject, content, missing)
+        else:
+            self._build_result(subject, content, missing)
+
+    def _build_result(
+        self, subject: Subject, finding: Finding, variants: Sequence[Variant]
+    ) -> None:
+        headers = self._inputs.headers(subject, finding)
+        pixels, maps = self._inputs.pixels(subject, finding), self._inputs.maps(subject, finding)
+        context = self._context(subject, finding.started_at)
+        for variant in variants:
+            built = build_objects(finding, headers, pixels, maps, context, variant)
+            for event in _left_out(finding, variant, built):
+                log.warning(event, result_id=str(subject.result_id))
             self._store(subject, variant.key, built)
+
+    def _build_notice(self, subject: Subject, notice: Notice, variants: Sequence[Variant]) -> None:
+        header = self._inputs.header(subject, notice.source)
+        context = self._context(subject, notice.ended_at)
+        for variant in variants:
+            built = build_notice(notice, header, context, variant)
+            self._store(subject, variant.key, [built])
 
     def path(self, subject: Subject, sop_instance_uid: str) -> Path:
         # Our own UIDs only: digits and dots.
@@ -118,9 +142,9 @@ class Assembler:
     def _folder(self, subject: Subject) -> Path:
         return result_folder(self._data_dir, subject.tenant, subject.result_id)
 
-    def _context(self, subject: Subject) -> Context:
+    def _context(self, subject: Subject, at: str) -> Context:
         # This place's own offset at that moment, for a source that states none.
-        offset = parse_time(subject.finding.started_at).astimezone().utcoffset() or dt.timedelta()
+        offset = parse_time(at).astimezone().utcoffset() or dt.timedelta()
         return Context(
             tenant=subject.tenant,
             result_no=subject.result_no,
@@ -162,36 +186,65 @@ class Assembler:
                 raise BuiltDifferently("a lost object cannot be built again with the same bytes")
 
 
-def accepted_report(session: Session, subject: Subject, destination: str) -> ReportReference | None:
-    """The newest earlier report of the analysis that a destination has."""
+def _left_out(finding: Finding, variant: Variant, built: Sequence[BuiltObject]) -> list[str]:
+    """What was asked for and could not be made."""
+    events = []
+    if MAP in roles_of(finding, variant) - {one.role for one in built}:
+        events.append("map_left_out")  # no common geometry
+    overlays = {one.sop_class_uid for one in built if one.role == OVERLAY}
+    if variant.is_stacked and SecondaryCaptureImageStorage in overlays:
+        events.append("overlays_sent_singly")  # images of several matrix sizes
+    return events
+
+
+def accepted(
+    session: Session, subject: Subject, destination: str
+) -> tuple[ReportReference | None, str]:
+    """What a destination has of this analysis: the newest earlier report, and the time of a notice
+    that is newer than any result there, or ""."""
+    number = func.coalesce(ResultRow.result_no, NoticeRow.result_no)
     rows = session.execute(
-        select(ResultRow, DeliveryRow)
-        .join(DeliveryRow, DeliveryRow.result_id == ResultRow.id)
+        select(DeliveryRow, ResultRow, NoticeRow)
+        .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
+        .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
         .where(
-            ResultRow.analysis_id == subject.analysis_id,
-            ResultRow.result_no < subject.result_no,
+            DeliveryRow.analysis_id == subject.analysis_id,
             DeliveryRow.destination == destination,
+            number < subject.result_no,
         )
-        .order_by(ResultRow.result_no.desc())
-    )
-    for result, delivery in rows:
+        .order_by(number.desc())
+    ).all()
+    notice, has_result = "", False
+    for delivery, result, row in rows:
         had = [uid for uid, code in delivery.statuses.items() if is_delivered(code)]
-        report = session.scalar(
-            select(ObjectRow).where(
-                ObjectRow.result_id == result.id,
-                ObjectRow.role == REPORT,
-                ObjectRow.sop_instance_uid.in_(had),
-            )
+        if had and result is not None:
+            has_result = True
+            if report := _report(session, subject, result, had):
+                return report, notice
+        elif had and not (notice or has_result):
+            notice = row.notice["ended_at"]
+    return None, notice
+
+
+def _report(
+    session: Session, subject: Subject, result: ResultRow, had: Sequence[str]
+) -> ReportReference | None:
+    report = session.scalar(
+        select(ObjectRow).where(
+            ObjectRow.result_id == result.id,
+            ObjectRow.role == REPORT,
+            ObjectRow.sop_instance_uid.in_(had),
         )
-        if report is not None:
-            return ReportReference(
-                sop_class_uid=report.sop_class_uid,
-                sop_instance_uid=report.sop_instance_uid,
-                series_instance_uid=report.series_instance_uid,
-                study_instance_uid=subject.study_instance_uid,
-                started_at=result.finding["started_at"],
-            )
-    return None
+    )
+    if report is None:
+        return None
+    return ReportReference(
+        sop_class_uid=report.sop_class_uid,
+        sop_instance_uid=report.sop_instance_uid,
+        series_instance_uid=report.series_instance_uid,
+        study_instance_uid=subject.study_instance_uid,
+        started_at=result.finding["started_at"],
+    )
 
 
 def _sha256(built: BuiltObject) -> str:

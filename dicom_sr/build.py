@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 
 from db.result import Finding
-from dicom_sr import capture, evidence, key_objects, parametric_map, report
+from dicom_sr import capture, evidence, key_objects, parametric_map, report, stack
 from dicom_sr.attributes import keep_bytes
 from dicom_sr.plan import KEYS, MAP, OVERLAY, REPORT, SUMMARY, Context, Plan, Variant
 
@@ -51,7 +51,7 @@ def build_objects(
     if plan.roles & {SUMMARY, OVERLAY}:
         pictures = capture.painted(plan, headers, pixels, maps)
     datasets = _datasets(plan, headers, pictures, maps)
-    return [_written(role, seq, built) for seq, (role, built) in enumerate(datasets, 1)]
+    return [written(role, seq, built) for seq, (role, built) in enumerate(datasets, 1)]
 
 
 def make_plan(finding: Finding, header: Dataset, context: Context, variant: Variant) -> Plan:
@@ -72,7 +72,9 @@ def _datasets(
 ) -> Iterator[tuple[str, Dataset]]:
     if SUMMARY in plan.roles:
         yield SUMMARY, capture.summary(plan, headers[0], pictures)
-    if OVERLAY in plan.roles:
+    if OVERLAY in plan.roles and plan.is_stacked:
+        yield OVERLAY, stack.stacked(plan, headers, pictures)
+    elif OVERLAY in plan.roles:
         for index, key in enumerate(plan.key_images):
             yield (
                 OVERLAY,
@@ -87,7 +89,7 @@ def _datasets(
         yield KEYS, key_objects.key_objects(plan, headers)
 
 
-def _written(role: str, seq: int, built: Dataset) -> BuiltObject:
+def written(role: str, seq: int, built: Dataset) -> BuiltObject:
     keep_bytes(built)
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, built, enforce_file_format=True)

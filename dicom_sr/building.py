@@ -1,6 +1,8 @@
-"""Findings to stored objects and outbox rows: what a BUILD job does."""
+"""Findings and notices to stored objects and outbox rows: what BUILD and NOTICE jobs do."""
 
+import datetime as dt
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import structlog
@@ -10,18 +12,20 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Destination, Tenant
-from db import outbox, queue, results, studies
+from db import notices, outbox, queue, results, studies
 from db.errors import NodeError, PermanentError, TransientError
 from db.job import JobKind
 from db.process import Stop
 from db.study import AnalysisEvent
 from dicom_sr.assemble import Assembler
 from dicom_sr.inputs import Subject
+from dicom_sr.lease import Lease
 from dicom_sr.recording import NEVER, record
 
 log = structlog.get_logger()
 
-BUILD_LEASE_S = 300.0
+LEASE_S = 30.0  # renewed while the builder lives
+KINDS = (JobKind.BUILD, JobKind.NOTICE)
 #: Uploads stay on the node: the PACS has no such study, and must not be given a part of one.
 DELIVERED_ORIGIN = "dicom"
 
@@ -39,7 +43,7 @@ class NoResult(PermanentError):
 
 
 class Builder:
-    """Claims BUILD jobs, one at a time."""
+    """Claims BUILD and NOTICE jobs, one at a time."""
 
     def __init__(
         self, engine: Engine, settings: Settings, assembler: Assembler, worker: str
@@ -50,25 +54,35 @@ class Builder:
         self._worker = worker
 
     def build_once(self, stop: Stop = NEVER) -> bool:
-        """Build the objects of one result; False where no job is due.
+        """Build the objects of one result or notice; False where no job is due.
 
         What came of it is written down even if the database is away meanwhile, until `stop`.
         """
         with Session(self._engine) as session, session.begin():
-            job = queue.claim(session, [JobKind.BUILD], self._worker, lease_s=BUILD_LEASE_S)
+            job = queue.claim(session, KINDS, self._worker, lease_s=LEASE_S)
         if job is None:
             return False
-        with structlog.contextvars.bound_contextvars(tenant=job.tenant, job_id=job.id):
-            try:
-                self._build(job, stop)
-            except NodeError as error:
-                self._record_failure(job, error, stop)
-            except OperationalError:
-                raise
-            except Exception as error:  # noqa: BLE001 - a bug in a builder must not stop the others
-                log.error("build_crashed", exc_type=type(error).__name__)
-                self._record_failure(job, BuildCrashed(type(error).__name__), stop)
+        with (
+            structlog.contextvars.bound_contextvars(tenant=job.tenant, job_id=job.id),
+            Lease(self._engine, partial(_renew, job)),
+        ):
+            self._try(job, stop)
         return True
+
+    def _try(self, job: queue.ClaimedJob, stop: Stop) -> None:
+        """However it ends, the job is not left to its lease."""
+        try:
+            work = self._build if job.kind is JobKind.BUILD else self._notify
+            work(job, stop)
+        except NodeError as error:
+            self._record_failure(job, error, stop)
+        except OperationalError:
+            record(self._engine, lambda session: queue.release(session, job), stop)
+            raise
+        except Exception as error:
+            # The worker loop records it and goes on; here it is one of this job's tries.
+            self._record_failure(job, BuildCrashed(type(error).__name__), stop)
+            raise
 
     def _build(self, job: queue.ClaimedJob, stop: Stop) -> None:
         with Session(self._engine) as session:
@@ -77,9 +91,9 @@ class Builder:
             if result is None:
                 raise NoResult("the analysis has no result to build objects from")
             subject = self._assembler.subject(session, result.id)
-            owed = [] if analysis.is_shadow else self._owed(session, subject)
+            owed = [] if analysis.is_shadow else self._owed(subject.tenant, subject.origin)
         keys = self._ensure(subject, owed, is_shadow=analysis.is_shadow)
-        pairs = [(destination, key) for (_, destination), key in zip(owed, keys, strict=True)]
+        pairs = _pairs(owed, keys)
 
         def conclude(session: Session) -> None:
             studies.lock(session, job.study_id)
@@ -92,9 +106,34 @@ class Builder:
         record(self._engine, conclude, stop)
         log.info("result_built", analysis_id=job.analysis_id, n=len(pairs))
 
-    def _owed(self, session: Session, subject: Subject) -> list[tuple[Tenant, Destination]]:
-        tenant = self._settings.tenant(subject.tenant)
-        if tenant is None or subject.origin != DELIVERED_ORIGIN:
+    def _notify(self, job: queue.ClaimedJob, stop: Stop) -> None:
+        """Say that there is no result, to whom that is to be said."""
+        owed = [pair for pair in self._owed(job.tenant, job.origin) if pair[1].send.not_processed]
+        if not owed:
+            record(self._engine, lambda session: queue.finish(session, job), stop)
+            return
+        with Session(self._engine) as session, session.begin():
+            wait = notices.rest_of_wait(session, job, owed[0][0].max_wait_s)
+            if wait > dt.timedelta(0):
+                queue.put_off(session, job, wait)
+                return
+        with Session(self._engine) as session, session.begin():
+            subject = self._assembler.subject(session, notices.draw(session, job).id)
+        pairs = _pairs(owed, self._ensure(subject, owed, is_shadow=False))
+
+        def conclude(session: Session) -> None:
+            studies.lock(session, job.study_id)
+            analysis = queue.analysis_of(session, job)
+            outbox.enqueue(session, analysis, subject.result_id, pairs)
+            _record_notice(session, analysis, subject.result_no)
+            queue.finish(session, job)
+
+        record(self._engine, conclude, stop)
+        log.info("notice_built", analysis_id=job.analysis_id, n=len(pairs))
+
+    def _owed(self, name: str, origin: str) -> list[tuple[Tenant, Destination]]:
+        tenant = self._settings.tenant(name)
+        if tenant is None or origin != DELIVERED_ORIGIN:
             return []
         return [(tenant, destination) for destination in tenant.destinations]
 
@@ -114,3 +153,26 @@ class Builder:
         record(self._engine, lambda session: queue.fail(session, job, error), stop)
         level = log.error if isinstance(error, PermanentError) else log.warning
         level("build_failed", analysis_id=job.analysis_id, exc_code=error.code)
+
+
+def _renew(job: queue.ClaimedJob, session: Session) -> bool:
+    return queue.renew(session, [job.id], job.worker, lease_s=LEASE_S) == 1
+
+
+def _pairs(
+    owed: Sequence[tuple[Tenant, Destination]], keys: Sequence[str]
+) -> list[tuple[Destination, str]]:
+    return [(destination, key) for (_, destination), key in zip(owed, keys, strict=True)]
+
+
+def _record_notice(session: Session, analysis: studies.Analysis, result_no: int) -> None:
+    studies.record(
+        session,
+        "notice_built",
+        tenant=analysis.tenant,
+        origin=analysis.origin,
+        study_id=analysis.study_id,
+        analysis_id=analysis.id,
+        bundle=analysis.bundle,
+        result_no=result_no,
+    )

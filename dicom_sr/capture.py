@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
+from db import paint
 from db.result import Code, ImageRef
 from dicom_sr import evidence, heat, pages
 from dicom_sr.attributes import GEOMETRY
-from dicom_sr.plan import MANUFACTURER, MODEL_NAME, OVERLAY, SUMMARY, Plan
+from dicom_sr.plan import MANUFACTURER, MODEL_NAME, OVERLAY, SUMMARY, Issue, Plan
 
 GRAD_CAM = Code("130403", "DCM", "Gradient-weighted class activation")
 SOURCE_IMAGE = Code("121322", "DCM", "Source image for image processing operation")
@@ -32,11 +33,13 @@ def painted(
     pictures = {}
     for index, key in enumerate(plan.key_images):
         is_inverted = headers[key.image].get("PhotometricInterpretation") == "MONOCHROME1"
-        grey = heat.grey_levels(
-            pixels[key.image], output.window_centre, output.window_width, is_inverted=is_inverted
+        values = pixels[key.image]
+        grey = paint.grey_levels(
+            values, output.window_centre, output.window_width, is_inverted=is_inverted
         )
-        cam = maps[finding.key_images.index(key)]
-        pictures[index] = heat.blend(grey, cam, finding.map_scale, heat.opacity(plan.label(key)))
+        modality = str(headers[key.image].get("Modality", ""))
+        cam = paint.inside(maps[finding.key_images.index(key)], values, modality)
+        pictures[index] = heat.blend(grey, cam, finding.map_scale, paint.opacity(plan.label(key)))
     return pictures
 
 
@@ -46,7 +49,7 @@ def summary(plan: Plan, header: Dataset, pictures: Mapping[int, heat.Colour]) ->
     shown = {index: pictures[index] for index in strongest[:SHOWN_THUMBNAILS]}
     page = pages.summary_page(plan, shown)
     uid = plan.uid(SUMMARY)
-    built = _capture(plan, header, page, SUMMARY, uid, 1, plan.finding.output.summary_series)
+    built = captured(plan, header, page, SUMMARY, uid, 1, plan.output.summary_series)
     built.PatientOrientation = None  # 2C, and a page has none
     built.DerivationDescription = "AI result summary page; not for primary diagnosis"
     sources = [plan.image(key) for key in plan.key_images] or [plan.finding.images[0]]
@@ -63,20 +66,25 @@ def overlay(
     """
     image = plan.image(plan.key_images[index])
     page = pages.overlay_page(plan, picture)
-    uid = plan.overlay_uid(image)
-    name = plan.finding.output.overlay_series
-    built = _capture(plan, study_header, page, OVERLAY, uid, index + 1, name)
+    uid = plan.pictures[index].sop_instance_uid
+    built = captured(plan, study_header, page, OVERLAY, uid, index + 1, plan.output.overlay_series)
     _lay_over(built, header)
-    word = plan.finding.output.image_word
-    built.DerivationDescription = f"Grad-CAM overlay on source {word}; not for primary diagnosis"
-    built.DerivationCodeSequence = [evidence.coded(GRAD_CAM)]
-    refer(built, [image], is_in_place=True)
+    derive(built, plan, [image])
     return built
 
 
-def _capture(
-    plan: Plan, header: Dataset, page: heat.Colour, role: str, uid: str, number: int, name: str
+def derive(built: Dataset, plan: Plan, images: Sequence[ImageRef]) -> None:
+    """Say that overlays lie on these images, and how they came about."""
+    word = plan.output.image_word
+    built.DerivationDescription = f"Grad-CAM overlay on source {word}; not for primary diagnosis"
+    built.DerivationCodeSequence = [evidence.coded(GRAD_CAM)]
+    refer(built, images, is_in_place=True)
+
+
+def captured(
+    plan: Issue, header: Dataset, page: heat.Colour, role: str, uid: str, number: int, name: str
 ) -> Dataset:
+    """A page as a Secondary Capture; `header` gives patient and study."""
     built = hd.sc.SCImage.from_ref_dataset(
         evidence.carrier(header),
         pixel_array=np.ascontiguousarray(page),
@@ -100,12 +108,11 @@ def _capture(
     return built
 
 
-def describe(built: Dataset, plan: Plan, header: Dataset) -> None:
+def describe(built: Dataset, plan: Issue, header: Dataset) -> None:
     """What every image made of the source states: which part of the body, and whether lossy."""
-    output = plan.finding.output
-    built.BodyPartExamined = output.body_part
-    if output.laterality:
-        built.Laterality = output.laterality
+    built.BodyPartExamined = plan.output.body_part
+    if plan.output.laterality:
+        built.Laterality = plan.output.laterality
     _keep_loss(built, header)
 
 
@@ -124,10 +131,10 @@ def _lay_over(built: Dataset, header: Dataset) -> None:
             built[keyword] = header[keyword]
     if "FrameOfReferenceUID" in built and "PositionReferenceIndicator" not in built:
         built.PositionReferenceIndicator = ""  # type 2 of its module
-    built.PatientOrientation = _orientation(header)
+    built.PatientOrientation = orientation(header)
 
 
-def _orientation(header: Dataset) -> list[str] | None:
+def orientation(header: Dataset) -> list[str] | None:
     """Row and column direction in letters: from the cosines, else as the source says."""
     cosines = header.get("ImageOrientationPatient")
     if cosines is not None and len(cosines) == 6:

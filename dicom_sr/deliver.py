@@ -13,7 +13,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from db import outbox
+from db import claims, dispatch
+from db.lifetime import is_gone
 from db.process import Stop
 from db.sandbox import Sandbox
 from dicom_sr.assemble import Assembler
@@ -49,6 +50,7 @@ class Deliverer:
 
     def run(self, stop: Stop) -> None:
         """Build and send until told to stop; what is under way is finished first."""
+        attempt(self.take_back, stop)
         threads = [
             threading.Thread(target=self._send, args=(sender, stop), name=name)
             for name, sender in self._senders.items()
@@ -78,6 +80,14 @@ class Deliverer:
             while sender.send_once():
                 pass
 
+    def take_back(self) -> bool:
+        """Free what senders held that were killed on this machine; whether there was any."""
+        with Session(self._engine) as session, session.begin():
+            n = claims.take_back(session, is_gone)
+        if n:
+            log.warning("deliveries_taken_back", n=n)
+        return n > 0
+
     def sweep(self) -> bool:
         """End what is past its time and has no sender; whether there was any."""
         n = 0
@@ -89,7 +99,7 @@ class Deliverer:
 
     def _expire(self) -> bool:
         with Session(self._engine) as session, session.begin():
-            return outbox.expire_next(session, self._worker)
+            return dispatch.expire_next(session, self._worker)
 
     def _warm(self) -> bool:
         self._assembler.warm()

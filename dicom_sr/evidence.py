@@ -15,7 +15,7 @@ from pydicom.uid import UID, SecondaryCaptureImageStorage
 from db.meta import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from db.result import Code, ImageRef
 from dicom_sr.attributes import COPIED
-from dicom_sr.plan import MANUFACTURER, MODEL_NAME, Plan
+from dicom_sr.plan import MANUFACTURER, MODEL_NAME, Issue
 
 #: Type 2 where they matter: present, empty where the source has none (H31).
 TYPE_2 = (
@@ -177,9 +177,9 @@ def _study_item(study_instance_uid: str, series: Mapping[str, Mapping[str, str]]
     return study
 
 
-def equipment(plan: Plan) -> hd.ContributingEquipment:
+def equipment(plan: Issue) -> hd.ContributingEquipment:
     """The algorithm's item, with the UID that stands for exactly this model (IHE AIR)."""
-    model, output = plan.finding.model, plan.finding.output
+    model, output = plan.model, plan.output
     item = hd.ContributingEquipment(
         manufacturer=MANUFACTURER,
         purpose_of_reference=PydicomCode(
@@ -191,19 +191,19 @@ def equipment(plan: Plan) -> hd.ContributingEquipment:
             f"weights {model.weights_sha256[:12]}",
             f"calib {model.calibration_id}"[:64],
         ],
-        contribution_description="AI analysis of the source images",
+        contribution_description=plan.contribution,
     )
     item.DeviceUID = plan.device_uid
     return item
 
 
-def software_versions(plan: Plan) -> list[str]:
-    output, model = plan.finding.output, plan.finding.model
+def software_versions(plan: Issue) -> list[str]:
+    output, model = plan.output, plan.model
     # A tuple here makes pydicom warn.
     return [plan.context.node_version, f"{output.algorithm} {model.version}"[:64]]
 
 
-def series_values(plan: Plan, role: str, description: str) -> dict[str, Any]:
+def series_values(plan: Issue, role: str, description: str) -> dict[str, Any]:
     """Constructor arguments that all of highdicom's SOP classes share."""
     return {
         "series_instance_uid": plan.series_uid(role),
@@ -218,7 +218,7 @@ def series_values(plan: Plan, role: str, description: str) -> dict[str, Any]:
     }
 
 
-def stamp(built: Dataset, plan: Plan, header: Dataset) -> None:
+def stamp(built: Dataset, plan: Issue, header: Dataset) -> None:
     """Write what every object has in common over what highdicom put there: the source's patient and
     study, our times in place of the wall clock's, our file meta group."""
     for keyword in COPIED:
@@ -240,7 +240,7 @@ def _has_non_ascii(kept: Mapping[str, DataElement | RawDataElement]) -> bool:
     return any(not raw_bytes(kept.get(keyword)).isascii() for keyword in _TEXT)
 
 
-def _stamp_times(built: Dataset, plan: Plan) -> None:
+def _stamp_times(built: Dataset, plan: Issue) -> None:
     date, time = f"{plan.started:%Y%m%d}", f"{plan.started:%H%M%S}"
     for name in ("InstanceCreation", "Content", "Series"):
         setattr(built, f"{name}Date", date)

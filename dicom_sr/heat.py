@@ -3,49 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from db.result import LabelResult
+from db.paint import Grey, colours
 
-#: Under this share of the study's strongest value the map says nothing and stays transparent.
-CUT = 0.25
-#: The edge fades in over this much more: no outline where none is meant.
-FADE = 0.30
-OPACITY_AT_THRESHOLD, OPACITY_MOST = 0.15, 0.45
-
-Grey = NDArray[np.uint8]  # (rows, columns)
 Colour = NDArray[np.uint8]  # (rows, columns, 3)
-
-# Red through orange to pale yellow: light rises all the way, so it also reads in grey, and no hue
-# that the eye takes for an edge (as in a rainbow) lies between two equal steps.
-_STOPS = np.array([0.0, 0.35, 0.7, 1.0])
-_RED, _GREEN, _BLUE = (
-    np.array([150, 225, 255, 255]),
-    np.array([20, 70, 160, 245]),
-    np.array([40, 30, 20, 150]),
-)
-
-
-def grey_levels(
-    values: NDArray[np.float32], centre: float, width: float, *, is_inverted: bool = False
-) -> Grey:
-    """A rescaled image through its display window, 0..255 (LINEAR_EXACT, PS3.3 C.11.2.1.3.2).
-
-    `is_inverted`: MONOCHROME1, where the lowest value is shown white.
-    """
-    if width <= 0:
-        raise ValueError(f"window width {width} is not positive")
-    share = np.clip((values - (centre - width / 2)) / width, 0.0, 1.0)
-    share = np.nan_to_num(1.0 - share if is_inverted else share)
-    grey: Grey = np.rint(255.0 * share).astype(np.uint8)
-    return grey
-
-
-def opacity(label: LabelResult) -> float:
-    """How strongly a label's map is painted: its probability, from threshold to certainty."""
-    if label.probability is None or label.threshold is None or label.threshold >= 1.0:
-        return OPACITY_AT_THRESHOLD
-    above = (label.probability.reference - label.threshold) / (1.0 - label.threshold)
-    share = min(max(above, 0.0), 1.0)
-    return OPACITY_AT_THRESHOLD + (OPACITY_MOST - OPACITY_AT_THRESHOLD) * share
 
 
 def blend(grey: Grey, cam: NDArray[np.float32], scale: float, alpha: float) -> Colour:
@@ -62,9 +22,7 @@ def blend(grey: Grey, cam: NDArray[np.float32], scale: float, alpha: float) -> C
     base = np.repeat(grey[..., None].astype(np.float64), 3, axis=2)
     if scale <= 0.0:
         return base.astype(np.uint8)
-    share = np.clip(np.nan_to_num(cam.astype(np.float64)) / scale, 0.0, 1.0)
-    weight = alpha * np.clip((share - CUT) / FADE, 0.0, 1.0)[..., None]
-    place = (share - CUT) / (1.0 - CUT)
-    painted = np.stack([np.interp(place, _STOPS, part) for part in (_RED, _GREEN, _BLUE)], axis=2)
+    painted, shown = colours(cam, scale)
+    weight = alpha * shown[..., None]
     colour: Colour = np.rint(base * (1.0 - weight) + painted * weight).astype(np.uint8)
     return colour

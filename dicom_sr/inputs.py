@@ -15,6 +15,7 @@ from pydicom import Dataset
 
 from db.errors import ChildDied, NodeError, PermanentError
 from db.files import result_folder, storage_errors, store_path
+from db.notices import Notice
 from db.pixels import read_images
 from db.result import Finding, ImageRef
 from db.sandbox import Answer, Sandbox
@@ -56,7 +57,7 @@ class MapsGone(PermanentError):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A result, and where its study's files are."""
+    """A result or a notice, and where its study's files are."""
 
     result_id: uuid.UUID
     result_no: int
@@ -66,7 +67,7 @@ class Subject:
     tenant: str
     origin: str
     bundle: str
-    finding: Finding
+    content: Finding | Notice
 
 
 class Inputs:
@@ -83,11 +84,10 @@ class Inputs:
             with suppress(NodeError):  # there is no such file, and that is all it says
                 self._sandbox.run(function, "/nonexistent", *args, timeout_s=READ_TIMEOUT_S)
 
-    def headers(self, subject: Subject) -> Mapping[int, Dataset]:
-        images = subject.finding.images
-        return {i: self._header(subject, images[i]) for i in needed_images(subject.finding)}
+    def headers(self, subject: Subject, finding: Finding) -> Mapping[int, Dataset]:
+        return {i: self.header(subject, finding.images[i]) for i in needed_images(finding)}
 
-    def _header(self, subject: Subject, image: ImageRef) -> Dataset:
+    def header(self, subject: Subject, image: ImageRef) -> Dataset:
         path = self._source(subject, image)
         _, (blob,) = self._read(
             lambda: self._sandbox.run(read_header, str(path), image.frame, timeout_s=READ_TIMEOUT_S)
@@ -100,9 +100,9 @@ class Inputs:
             raise WrongSource("a stored instance does not name the analysed image and study")
         return header
 
-    def pixels(self, subject: Subject) -> Mapping[int, Floats]:
-        keys = subject.finding.key_images if subject.finding.is_positive else ()
-        return {key.image: self._image(subject, subject.finding.images[key.image]) for key in keys}
+    def pixels(self, subject: Subject, finding: Finding) -> Mapping[int, Floats]:
+        keys = finding.key_images if finding.is_positive else ()
+        return {key.image: self._image(subject, finding.images[key.image]) for key in keys}
 
     def _image(self, subject: Subject, image: ImageRef) -> Floats:
         path = self._source(subject, image)
@@ -141,9 +141,8 @@ class Inputs:
             raise InstanceGone("an analysed instance is not in the store")
         return path.resolve()  # the child runs in another folder
 
-    def maps(self, subject: Subject) -> Mapping[int, Floats]:
+    def maps(self, subject: Subject, finding: Finding) -> Mapping[int, Floats]:
         """Heat maps by index into the key images; our own file, never pickled."""
-        finding = subject.finding
         if not (finding.is_positive and finding.key_images):
             return {}
         path = result_folder(self._data_dir, subject.tenant, subject.result_id) / "maps.npz"

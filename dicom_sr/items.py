@@ -9,8 +9,8 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 
 from db.result import Code, ImageRef, LabelResult, Region, percent_exact
+from db.wording import shown_threshold
 from dicom_sr.evidence import PRIVATE_SCHEME, coded
-from dicom_sr.words import shown_threshold
 
 PERCENT = Code("%", "UCUM", "Percent")
 NO_UNITS = Code("1", "UCUM", "no units")

@@ -6,7 +6,6 @@ import highdicom as hd
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 
-from db.result import ImageRef
 from dicom_sr import evidence, references, report
 from dicom_sr.plan import KEYS, Plan
 
@@ -30,7 +29,8 @@ def key_objects(plan: Plan, headers: Mapping[int, Dataset]) -> Dataset:
         instance_number=1,
         **evidence.series_values(plan, KEYS, plan.finding.output.key_series),
     )
-    _tidy(built, images)
+    frames = [*(image.frame for image in images), *(one.frame for one in plan.pictures)]
+    _tidy(built, frames)
     evidence.keep_evidence(built, [*sources, *overlays])
     evidence.stamp(built, plan, headers[0])
     return built
@@ -42,8 +42,8 @@ def _as_image(item: Dataset) -> Dataset:
     return item
 
 
-def _tidy(built: Dataset, images: Sequence[ImageRef]) -> None:
-    """Mend what highdicom cannot say; the first references are to `images`.
+def _tidy(built: Dataset, frames: Sequence[int | None]) -> None:
+    """Mend what highdicom cannot say; the references are to these `frames`, in this order.
 
     It names the references `Source`, which rows 8 to 10 of TID 2010 forbid, and knows no frames.
     """
@@ -51,6 +51,6 @@ def _tidy(built: Dataset, images: Sequence[ImageRef]) -> None:
     references = [item for item in built.ContentSequence if item.ValueType == "IMAGE"]
     for item in references:
         del item.ConceptNameCodeSequence
-    for item, image in zip(references, images, strict=False):
-        if image.frame is not None:
-            item.ReferencedSOPSequence[0].ReferencedFrameNumber = image.frame
+    for item, frame in zip(references, frames, strict=True):
+        if frame is not None:
+            item.ReferencedSOPSequence[0].ReferencedFrameNumber = frame

@@ -6,10 +6,12 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from db.result import LabelResult, study_words
+from db import wording
+from db.result import LabelResult
 from dicom_sr import words
 from dicom_sr.heat import Colour
-from dicom_sr.plan import Plan, image_name, minute
+from dicom_sr.plan import Plan
+from dicom_sr.times import minute
 
 SIDE = 1024  # pixels, both ways
 MARGIN = 56
@@ -43,12 +45,13 @@ def overlay_page(plan: Plan, picture: Colour) -> Colour:
     edge = max(12, round(rows * EDGE_SHARE))
     output, model = plan.finding.output, plan.finding.model
     top, bottom = edge / 2, rows - edge / 2
-    size = _fitting(draw, output.attention_words, edge * 2 // 3, columns - 12)
+    size = fitting(draw, output.attention_words, edge * 2 // 3, columns - 12)
     _outlined(draw, (6, top), output.attention_words, size, INK, "lm")
     named = f"{output.algorithm} {model.version}"
-    right = " - ".join(part for part in (plan.partial_words, _short_revision(plan)) if part)
+    partial = wording.partial_words(plan.finding)
+    right = " - ".join(part for part in (partial, _short_revision(plan)) if part)
     whole = f"{named}   {right}"
-    size = _fitting(draw, whole, edge * 2 // 3, columns - 12)
+    size = fitting(draw, whole, edge * 2 // 3, columns - 12)
     _outlined(draw, (6, bottom), named, size, SOFT, "lm")
     if right:
         _outlined(draw, (columns - 6, bottom), right, size, AMBER, "rm")
@@ -59,7 +62,7 @@ def _short_revision(plan: Plan) -> str:
     return plan.revision_words.partition(" - ")[0]
 
 
-def _fitting(draw: ImageDraw.ImageDraw, text: str, size: int, width: float) -> int:
+def fitting(draw: ImageDraw.ImageDraw, text: str, size: int, width: float) -> int:
     """The largest type, at most `size`, in which `text` fits into `width` pixels."""
     while size > 7 and draw.textlength(text, font=font(size)) > width:
         size -= 1
@@ -100,29 +103,28 @@ def summary_page(plan: Plan, thumbnails: Mapping[int, Colour]) -> Colour:
 def _head(draw: ImageDraw.ImageDraw, plan: Plan) -> None:
     finding = plan.finding
     draw.rectangle((0, 0, SIDE, 44), fill=AMBER)
-    draw.text((SIDE / 2, 22), words.banner(plan), font=font(21), fill=PAPER, anchor="mm")
-    _line(draw, 84, finding.output.title, 26, SOFT)
+    banner = words.banner(plan.variant.content_qualification)
+    draw.text((SIDE / 2, 22), banner, font=font(21), fill=PAPER, anchor="mm")
+    line(draw, 84, finding.output.title, 26, SOFT)
     colour = VERDICT[finding.is_positive]
     draw.rectangle((MARGIN, 116, MARGIN + 8, 176), fill=colour)
-    verdict = study_words(finding.labels)
-    size = 56
-    if finding.is_partial and not finding.is_positive:
-        verdict, size = f"{verdict} - INCOMPLETE", 40  # half a series must not look like a negative
+    verdict = wording.verdict(is_positive=finding.is_positive, is_partial=finding.is_partial)
+    size = fitting(draw, verdict, 56, 640)
     draw.text((MARGIN + 26, 146), verdict, font=font(size), fill=colour, anchor="lm")
     draw.text((SIDE - MARGIN, 132), "Worklist priority", font=font(18), fill=SOFT, anchor="rm")
-    # A negative never lowers what the department has ordered.
-    priority = finding.urgency.value if finding.is_positive else "unchanged by AI"
+    priority = wording.priority_words(finding)
     draw.text((SIDE - MARGIN, 160), priority, font=font(24), fill=INK, anchor="rm")
-    notices = [text for text in (plan.partial_words, plan.revision_words, *finding.notes) if text]
-    _line(draw, 202, words.conclusion_sentence(plan), 19, INK)
-    _line(draw, 229, "   |   ".join(notices), 18, AMBER)
+    partial = wording.partial_words(finding)
+    notices = [text for text in (partial, plan.revision_words, *finding.notes) if text]
+    line(draw, 202, wording.conclusion_sentence(finding), 19, INK)
+    line(draw, 229, "   |   ".join(notices), 18, AMBER)
 
 
-def _line(
+def line(
     draw: ImageDraw.ImageDraw, y: int, text: str, size: int, colour: tuple[int, int, int]
 ) -> None:
     """Text from margin to margin, smaller where it is long."""
-    size = _fitting(draw, text, size, SIDE - 2 * MARGIN)
+    size = fitting(draw, text, size, SIDE - 2 * MARGIN)
     draw.text((MARGIN, y), text, font=font(size), fill=colour, anchor="lm")
 
 
@@ -148,13 +150,13 @@ def _labels(draw: ImageDraw.ImageDraw, plan: Plan) -> int:
 
 def _label_row(draw: ImageDraw.ImageDraw, label: LabelResult, y: int, *, is_primary: bool) -> None:
     ink = {True: RED, False: INK, None: SOFT}[label.is_present]
-    size = _fitting(draw, label.words, 24 if is_primary else 21, 330 - MARGIN)
+    size = fitting(draw, label.words, 24 if is_primary else 21, 330 - MARGIN)
     draw.text(
         (MARGIN, y), label.words, font=font(size), fill=INK if is_primary else ink, anchor="lm"
     )
     _bar(draw, label, (340, y - 7, 600, y + 7), ink)
-    draw.text((730, y), words.value_words(label), font=font(23), fill=ink, anchor="rm")
-    draw.text((SIDE - MARGIN, y), words.presence(label), font=font(21), fill=ink, anchor="rm")
+    draw.text((730, y), wording.value_words(label), font=font(23), fill=ink, anchor="rm")
+    draw.text((SIDE - MARGIN, y), wording.presence(label), font=font(21), fill=ink, anchor="rm")
 
 
 def _bar(
@@ -165,7 +167,7 @@ def _bar(
 ) -> None:
     """Probability and threshold on one scale; an exploratory label gets none, since it has none."""
     left, top, right, bottom = box
-    threshold = words.shown_threshold(label)
+    threshold = wording.shown_threshold(label)
     if label.probability is None or threshold is None:
         draw.line((left, (top + bottom) / 2, right, (top + bottom) / 2), fill=FAINT, width=1)
         return
@@ -179,8 +181,8 @@ def _bar(
 
 
 def _legend(draw: ImageDraw.ImageDraw, labels: Sequence[LabelResult], y: int) -> None:
-    shares = dict.fromkeys(words.prevalence_words(label) for label in labels if label.probability)
-    marks = dict.fromkeys(words.threshold_words(label) for label in labels if label.probability)
+    shares = dict.fromkeys(wording.prevalence_words(label) for label in labels if label.probability)
+    marks = dict.fromkeys(wording.threshold_words(label) for label in labels if label.probability)
     if not shares:
         return
     # One line says it for all; where labels differ the primary one's figures are named.
@@ -190,7 +192,7 @@ def _legend(draw: ImageDraw.ImageDraw, labels: Sequence[LabelResult], y: int) ->
         if all(label.probability for label in labels)
         else "; raw: uncalibrated output, not a probability"
     )
-    _line(
+    line(
         draw,
         y,
         f"Probability {next(iter(shares))}; white mark: {next(iter(marks))}{of}{raw}",
@@ -218,23 +220,21 @@ def _thumbnails(
         canvas.paste(
             picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2)
         )
-        name = image_name(plan.image(key), key.image, word)
+        name = words.image_name(plan.image(key), key.image, word)
         caption = f"{name[0].upper()}{name[1:]} - {plan.label(key).words}"
-        size = _fitting(draw, caption, 17, side)
+        size = fitting(draw, caption, 17, side)
         draw.text((left, top + side + 15), caption, font=font(size), fill=INK, anchor="lm")
 
 
 def _foot(draw: ImageDraw.ImageDraw, plan: Plan) -> None:
     finding, model = plan.finding, plan.finding.model
-    n = len(finding.images)
-    word = finding.output.image_word
     draw.line((MARGIN, 936, SIDE - MARGIN, 936), fill=FAINT, width=1)
     made = (
         f"{finding.output.algorithm} {model.version}   weights {model.weights_sha256[:12]}   "
         f"calibration {model.calibration_id}"
     )
-    images = f"{n} {word if n == 1 else word + 's'} analysed"
+    images = f"{wording.counted(len(finding.images), finding.output.image_word)} analysed"
     run = f"Run {minute(plan.started)}   {images}   {model.numerics}"
     lines = ((made, SOFT), (run, SOFT), (finding.output.disclaimer, INK))
     for row, (text, colour) in enumerate(lines):
-        _line(draw, 954 + 22 * row, text, 16, colour)
+        line(draw, 954 + 22 * row, text, 16, colour)

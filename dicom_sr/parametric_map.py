@@ -69,7 +69,7 @@ def parametric_map(
     matrix of their image.
     """
     finding, keys = plan.finding, plan.key_images
-    # A value that is no number says as little as none, as on the overlay (heat.py).
+    # A value that is no number says as little as none, as on the overlay (db/paint.py).
     raw = np.stack([maps[finding.key_images.index(key)] for key in keys])
     frames = np.nan_to_num(raw, posinf=finding.map_scale).astype(np.float32)
     top = max(float(frames.max()), finding.map_scale)

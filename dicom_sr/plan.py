@@ -2,15 +2,23 @@
 
 import datetime as dt
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage
+from pydicom.uid import (
+    Comprehensive3DSRStorage,
+    ComprehensiveSRStorage,
+    EnhancedSRStorage,
+    MultiFrameTrueColorSecondaryCaptureImageStorage,
+    SecondaryCaptureImageStorage,
+)
 
 from config.tenants import Destination, Tenant
-from db.result import Finding, ImageRef, KeyImage, LabelResult
+from db.result import Finding, ImageRef, KeyImage, LabelResult, ModelIdentity, OutputSpec
 from dicom_sr import uids
+from dicom_sr.times import minute, parse_time
 
 MANUFACTURER = "Vigil"
 MODEL_NAME = "vigil"
@@ -55,9 +63,11 @@ class Variant:
     emit_negative: str = "sr+summary"
     k: int | None = None  # overlays at most; None: every key image
     is_rle: bool = False
+    is_stacked: bool = False  # overlays as frames of one object, where they have one matrix
     anchors_groups: bool = True  # a whole-image SCOORD in each label group, for OHIF
     content_qualification: str = "RESEARCH"
     predecessors: tuple[ReportReference, ...] = ()
+    replaced_notice: str = ""  # ISO 8601 UTC, of the notice that the peer has; none newer than it
 
     @property
     def key(self) -> str:
@@ -71,6 +81,7 @@ class Variant:
         tenant: Tenant,
         bundle: str,
         predecessors: Sequence[ReportReference] = (),
+        replaced_notice: str = "",
     ) -> "Variant":
         """What the configuration asks for."""
         known = (*tenant.models, *tenant.shadow)
@@ -91,10 +102,21 @@ class Variant:
             emit_negative=destination.emit_negative or tenant.emit_negative,
             k=destination.k,
             is_rle=destination.sc_compress == "rle",
+            is_stacked=send.mfsc,
             anchors_groups=destination.sr_anchor_groups,
             content_qualification=destination.content_qualification,
             predecessors=tuple(predecessors),
+            replaced_notice=replaced_notice,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An overlay, as other objects refer to it."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    frame: int | None = None  # from 1, in a multi-frame object
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +131,106 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One result as one destination gets it; everything here follows from the arguments."""
+class Issue(ABC):
+    """What one destination gets of a result, or of a notice that there is none."""
 
-    finding: Finding
     context: Context
     variant: Variant
     study_instance_uid: str
     zone: dt.tzinfo  # of every date and time written
+
+    @property
+    @abstractmethod
+    def uuid(self) -> str:
+        """Drawn when what is issued was stored first; every UID follows from it."""
+
+    @property
+    @abstractmethod
+    def started_at(self) -> str:
+        """ISO 8601 UTC."""
+
+    @property
+    @abstractmethod
+    def model(self) -> ModelIdentity: ...
+
+    @property
+    @abstractmethod
+    def output(self) -> OutputSpec: ...
+
+    @property
+    @abstractmethod
+    def contribution(self) -> str:
+        """What the algorithm did."""
+
+    @cached_property
+    def device_uid(self) -> str:
+        return uids.device_uid(self.model, self.output.algorithm)
+
+    @cached_property
+    def _result(self) -> str:
+        return uids.result_id(self.context.tenant, self.uuid)
+
+    def uid(self, role: str, *parts: str) -> str:
+        return uids.object_uid(self._result, role, self.variant.key, *parts)
+
+    def series_uid(self, role: str) -> str:
+        return self.uid(f"series/{role}")
+
+    def series_number(self, role: str) -> int:
+        revision = SERIES_STEP_REVISION * (self.context.result_no - 1)
+        return self.variant.series_base + revision + SERIES_DIGIT[role]
+
+    @cached_property
+    def started(self) -> dt.datetime:
+        return self.local(self.started_at)
+
+    def local(self, text: str) -> dt.datetime:
+        """A stored time in the zone of this study."""
+        return parse_time(text).astimezone(self.zone)
+
+    @property
+    def revision_words(self) -> str:
+        """Empty for what is issued first."""
+        if self.context.result_no == 1:
+            return ""
+        words = f"REVISION {self.context.result_no}"
+        replaced = self._replaced_words
+        return f"{words} - replaces {replaced}" if replaced else words
+
+    @property
+    def _replaced_words(self) -> str:
+        if self.variant.replaced_notice:
+            return f"AI NOT PROCESSED of {minute(self.local(self.variant.replaced_notice))}"
+        if self.variant.predecessors:
+            return f"AI result of {minute(self.local(self.variant.predecessors[-1].started_at))}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Plan(Issue):
+    """One result as one destination gets it; everything here follows from the arguments."""
+
+    finding: Finding
+
+    @property
+    def uuid(self) -> str:
+        return self.finding.result_uuid
+
+    @property
+    def started_at(self) -> str:
+        return self.finding.started_at
+
+    @property
+    def model(self) -> ModelIdentity:
+        return self.finding.model
+
+    @property
+    def output(self) -> OutputSpec:
+        return self.finding.output
+
+    @property
+    def contribution(self) -> str:
+        return "AI analysis of the source images"
 
     @cached_property
     def roles(self) -> frozenset[str]:
@@ -132,32 +246,31 @@ class Plan:
         return tuple(key for key in keys if key in chosen)
 
     @cached_property
-    def device_uid(self) -> str:
-        return uids.device_uid(self.finding.model, self.finding.output.algorithm)
+    def is_stacked(self) -> bool:
+        """Whether the overlays are frames of one object: they have one matrix, and it is asked."""
+        matrices = {(self.image(key).rows, self.image(key).columns) for key in self.key_images}
+        return self.variant.is_stacked and len(matrices) == 1
 
     @cached_property
-    def _result(self) -> str:
-        return uids.result_id(self.context.tenant, self.finding.result_uuid)
+    def pictures(self) -> tuple[Picture, ...]:
+        """Where the overlay of each of `key_images` is found; none where none is wanted."""
+        if OVERLAY not in self.roles:
+            return ()
+        if self.is_stacked:
+            stack = str(MultiFrameTrueColorSecondaryCaptureImageStorage), self.uid("mfsc")
+            return tuple(Picture(*stack, n) for n in range(1, len(self.key_images) + 1))
+        single = str(SecondaryCaptureImageStorage)
+        return tuple(Picture(single, self._overlay_uid(self.image(k))) for k in self.key_images)
 
-    def uid(self, role: str, *parts: str) -> str:
-        return uids.object_uid(self._result, role, self.variant.key, *parts)
-
-    def series_uid(self, role: str) -> str:
-        return self.uid(f"series/{role}")
-
-    def overlay_uid(self, image: ImageRef) -> str:
+    def _overlay_uid(self, image: ImageRef) -> str:
         return self.uid(f"overlay/{image.sop_instance_uid}", *frame_parts(image))
 
     def track(self, what: str) -> str:
-        model = self.finding.model
-        return uids.tracking_uid(self.context.tenant, model.bundle, self.study_instance_uid, what)
+        bundle = self.model.bundle
+        return uids.tracking_uid(self.context.tenant, bundle, self.study_instance_uid, what)
 
     def track_region(self, image: ImageRef) -> str:
         return self.track("|".join(("roi", image.sop_instance_uid, *frame_parts(image))))
-
-    def series_number(self, role: str) -> int:
-        revision = SERIES_STEP_REVISION * (self.context.result_no - 1)
-        return self.variant.series_base + revision + SERIES_DIGIT[role]
 
     def image(self, key: KeyImage) -> ImageRef:
         return self.finding.images[key.image]
@@ -165,30 +278,6 @@ class Plan:
     def label(self, key: KeyImage) -> LabelResult:
         """The label whose heat map a key image shows."""
         return next(label for label in self.finding.labels if label.label == key.label)
-
-    @cached_property
-    def started(self) -> dt.datetime:
-        return parse_time(self.finding.started_at).astimezone(self.zone)
-
-    @property
-    def revision_words(self) -> str:
-        """Empty for a first result."""
-        if self.context.result_no == 1:
-            return ""
-        words = f"REVISION {self.context.result_no}"
-        if not self.variant.predecessors:
-            return words
-        replaced = parse_time(self.variant.predecessors[-1].started_at).astimezone(self.zone)
-        return f"{words} - replaces AI result of {minute(replaced)}"
-
-    @property
-    def partial_words(self) -> str:
-        """Empty over a whole series."""
-        if not self.finding.is_partial:
-            return ""
-        n = len(self.finding.images)
-        word = self.finding.output.image_word
-        return f"PARTIAL - {n} {word if n == 1 else word + 's'}"
 
 
 def roles_of(finding: Finding, variant: Variant) -> frozenset[str]:
@@ -207,29 +296,3 @@ def needed_images(finding: Finding) -> tuple[int, ...]:
 
 def frame_parts(image: ImageRef) -> tuple[str, ...]:
     return () if image.frame is None else (str(image.frame),)
-
-
-def image_name(image: ImageRef, index: int, word: str) -> str:
-    """What a reader calls the image: `slice 12`, or `frame 3` of a multi-frame instance."""
-    if image.frame is not None:
-        return f"frame {image.frame}"
-    return f"{word} {index + 1 if image.instance_number is None else image.instance_number}"
-
-
-def parse_time(text: str) -> dt.datetime:
-    """ISO 8601 with an offset; without one it is UTC."""
-    at = dt.datetime.fromisoformat(text)
-    return at if at.tzinfo else at.replace(tzinfo=dt.UTC)
-
-
-def minute(at: dt.datetime) -> str:
-    """To the minute, with its offset: 2026-03-01 14:05 UTC+01:00."""
-    return f"{at:%Y-%m-%d %H:%M} {_offset(at)}"
-
-
-def _offset(at: dt.datetime) -> str:
-    minutes = int((at.utcoffset() or dt.timedelta()).total_seconds()) // 60
-    if minutes == 0:
-        return "UTC"
-    sign = "+" if minutes > 0 else "-"
-    return f"UTC{sign}{abs(minutes) // 60:02d}:{abs(minutes) % 60:02d}"

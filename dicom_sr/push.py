@@ -2,10 +2,7 @@
 
 import hashlib
 import io
-import socket
-import ssl
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,16 +11,16 @@ from typing import ClassVar
 import pydicom
 from pydicom import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
-from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from db.errors import PermanentError
+from dicom_sr.association import Entity, Peer, speaking, why_not
+from dicom_sr.line import NoLine
 from dicom_sr.plan import REPORT
 from dicom_sr.requestor import sole_reader
 
-MAX_PDU = 128 * 1024  # bytes
+STOPPED = "stopped"  # by ourselves, between two objects
 
 
 class ObjectsGone(PermanentError):
@@ -98,21 +95,6 @@ class Parcel:
         return data
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """Where to, and how patiently."""
-
-    host: str
-    port: int
-    ae_title: str
-    calling_ae: str
-    tls: ssl.SSLContext | None = None
-    connect_timeout_s: float = 10.0
-    acse_timeout_s: float = 30.0
-    dimse_timeout_s: float = 60.0  # for the answer to one object
-    network_timeout_s: float = 60.0
-
-
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """What an association came to: an answer for each object that was tried."""
@@ -121,26 +103,22 @@ class Delivery:
     error: str = ""  # why it ended early: a word, empty if it did not
 
 
-def push(peer: Peer, parcels: Sequence[Parcel]) -> Delivery:
+def push(
+    peer: Peer, parcels: Sequence[Parcel], may_go_on: Callable[[], bool] = lambda: True
+) -> Delivery:
     """Send the parcels in order; stops early where trying on would be in vain.
 
     Of several reports (one result in several SR classes) the first whose class the peer accepts is
-    sent, and the others are not.
+    sent, and the others are not. `may_go_on` is asked before each object.
     """
-    contexts = proposed(parcels)
-    entity = _Entity(peer.calling_ae)
     try:
-        association = _associate(entity, peer, contexts)
-    except OSError:  # a name that does not resolve, which pynetdicom passes on
-        entity.close_sockets()
-        return Delivery({}, "no_connection")
-    with _closing(association, entity, peer):
-        if association.is_established:
+        with speaking(peer, proposed(parcels)) as (association, entity):
+            if not association.is_established:
+                return _not_established(association, entity, parcels)
             with sole_reader(association):
-                return _send_all(association, parcels)
-        if not entity.was_connected:
-            return Delivery({}, "no_connection")
-        return _not_established(association, parcels)
+                return _send_all(association, parcels, may_go_on)
+    except NoLine as none:
+        return Delivery({}, none.why)
 
 
 def proposed(parcels: Sequence[Parcel]) -> list[PresentationContext]:
@@ -160,83 +138,25 @@ def proposed(parcels: Sequence[Parcel]) -> list[PresentationContext]:
     return contexts
 
 
-def _associate(entity: "_Entity", peer: Peer, contexts: list[PresentationContext]) -> Association:
-    entity.connection_timeout = peer.connect_timeout_s
-    entity.acse_timeout = peer.acse_timeout_s
-    entity.dimse_timeout = peer.dimse_timeout_s
-    entity.network_timeout = peer.network_timeout_s
-    return entity.associate(
-        peer.host,
-        peer.port,
-        contexts=contexts,
-        ae_title=peer.ae_title,
-        max_pdu=MAX_PDU,
-        tls_args=(peer.tls, peer.host) if peer.tls else None,
-        evt_handlers=[(evt.EVT_CONN_OPEN, entity.on_open)],
-    )
-
-
-@contextmanager
-def _closing(association: Association, entity: "_Entity", peer: Peer) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if association.is_established:  # the peer did not answer the release
-            association.abort()
-        if association.is_alive():
-            association.join(timeout=peer.acse_timeout_s)
-        entity.close_sockets()
-
-
-class _Entity(AE):
-    """Keeps hold of its sockets, which pynetdicom leaves open where the peer hung up first or never
-    answered: retries over a long weekend would use up the file descriptors."""
-
-    def __init__(self, ae_title: str) -> None:
-        super().__init__(ae_title)
-        self._sockets: list[socket.socket] = []
-        self.was_connected = False
-
-    def _create_socket(
-        self,
-        assoc: Association,
-        address: AddressInformation,
-        tls_args: tuple[ssl.SSLContext, str] | None,
-    ) -> AssociationSocket:
-        made = super()._create_socket(assoc, address, tls_args)
-        if made.socket is not None:
-            # Without it Nagle and delayed acknowledgements add 40 ms to every object.
-            made.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._sockets.append(made.socket)
-        return made
-
-    def on_open(self, event: evt.Event) -> None:
-        self.was_connected = True
-        transport = event.assoc.dul.socket
-        if transport is not None and transport.socket is not None:
-            self._sockets.append(transport.socket)  # another one where TLS wraps it
-
-    def close_sockets(self) -> None:
-        for made in self._sockets:
-            with suppress(OSError):
-                made.close()
-
-
-def _not_established(association: Association, parcels: Sequence[Parcel]) -> Delivery:
-    if association.is_rejected:
-        return Delivery({}, "association_rejected")
+def _not_established(
+    association: Association, entity: Entity, parcels: Sequence[Parcel]
+) -> Delivery:
     # Accepted, but none of its contexts: pynetdicom aborts such an association by itself.
     if association.rejected_contexts and not association.accepted_contexts:
         return Delivery({parcel.sop_instance_uid: CONTEXT_REFUSED for parcel in parcels})
-    return Delivery({}, "association_aborted")
+    return Delivery({}, why_not(association, entity))
 
 
-def _send_all(association: Association, parcels: Sequence[Parcel]) -> Delivery:
+def _send_all(
+    association: Association, parcels: Sequence[Parcel], may_go_on: Callable[[], bool]
+) -> Delivery:
     answers: dict[str, Answer] = {}
     has_report = False
     for parcel in parcels:
         if parcel.role == REPORT and has_report:
             continue
+        if not may_go_on():
+            return Delivery(answers, STOPPED)
         answer = _send(association, parcel)
         if answer is None:
             return Delivery(answers, "no_answer")

@@ -4,7 +4,6 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from db.result import ImageRef
 from dicom_sr import evidence
 from dicom_sr.evidence import coded
 from dicom_sr.plan import MANUFACTURER, OVERLAY, SUMMARY, Plan, ReportReference
@@ -20,14 +19,14 @@ def whole_evidence(plan: Plan) -> list[Dataset]:
 
 
 def captures(plan: Plan, *, overlays: bool, page: bool) -> list[Dataset]:
-    """The four UIDs of each Secondary Capture this destination gets."""
+    """The four UIDs of each Secondary Capture this destination gets; a frame counts as one."""
     study, found = plan.study_instance_uid, list[Dataset]()
     sop_class = str(SecondaryCaptureImageStorage)
-    if overlays and OVERLAY in plan.roles:
+    if overlays:
         series = plan.series_uid(OVERLAY)
-        images: list[ImageRef] = [plan.image(key) for key in plan.key_images]
         found += [
-            evidence.identified(study, series, sop_class, plan.overlay_uid(i)) for i in images
+            evidence.identified(study, series, one.sop_class_uid, one.sop_instance_uid)
+            for one in plan.pictures
         ]
     if page and SUMMARY in plan.roles:
         found.append(

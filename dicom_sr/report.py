@@ -6,15 +6,14 @@ import highdicom as hd
 from highdicom.sr import RelationshipTypeValues as Relationship
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import SecondaryCaptureImageStorage
 
+from db import wording
 from db.result import Code, KeyImage, LabelResult, Urgency
 from dicom_sr import evidence, items, references, words
 from dicom_sr.evidence import coded
 from dicom_sr.plan import (
     MANUFACTURER,
     MODEL_NAME,
-    OVERLAY,
     REPORT,
     SR_CLASSES,
     Plan,
@@ -220,15 +219,15 @@ def _label_group(plan: Plan, label: LabelResult) -> hd.sr.MeasurementsAndQualita
 def _evidence_images(plan: Plan) -> Sequence[hd.sr.ImageContentItem]:
     """Where the primary label was seen, and the pictures that show it."""
     images = [plan.image(key) for key in plan.key_images]
-    found = [items.source_image(image) for image in images]
-    if OVERLAY in plan.roles:
-        found += [
+    return [
+        *(items.source_image(image) for image in images),
+        *(
             items.image(
-                items.VISUAL_EXPLANATION, SecondaryCaptureImageStorage, plan.overlay_uid(image)
+                items.VISUAL_EXPLANATION, one.sop_class_uid, one.sop_instance_uid, one.frame
             )
-            for image in images
-        ]
-    return found
+            for one in plan.pictures
+        ),
+    ]
 
 
 def _library(plan: Plan, headers: Mapping[int, Dataset]) -> hd.sr.ContainerContentItem:
@@ -251,13 +250,14 @@ def _container(name: Code) -> hd.sr.ContainerContentItem:
 def _overall(plan: Plan) -> hd.sr.ContainerContentItem:
     finding = plan.finding
     is_urgent = finding.urgency in (Urgency.STAT, Urgency.URGENT)
-    remarks = [finding.output.disclaimer, plan.partial_words, plan.revision_words, *finding.notes]
+    partial = wording.partial_words(finding)
+    remarks = [finding.output.disclaimer, partial, plan.revision_words, *finding.notes]
     overall = _container(QUALITATIVE_EVALUATIONS)
     overall.ContentSequence = hd.sr.ContentSequence(
         [
             items.code(OVERALL, OVERALL_VALUES[finding.is_positive]),
             items.code(PRIORITY, HIGH_PRIORITY if is_urgent else NORMAL_PRIORITY),
-            items.text(CONCLUSION, words.conclusion(plan)),
+            items.text(CONCLUSION, wording.conclusion(finding)),
             *(items.text(items.COMMENT, remark) for remark in remarks if remark),
         ]
     )

@@ -1,34 +1,34 @@
 """Stored objects to one destination: what the outbox owes it, the same bytes each time."""
 
-import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import structlog
-from sqlalchemy import Engine, exists, select
+from sqlalchemy import Engine, select, union
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, aliased
 
-from config.settings import ScpSettings, Settings
+from config.settings import Settings
 from config.tenants import Destination, Tenant
-from db import outbox
+from db import claims, dispatch
+from db.claims import ClaimedDelivery
 from db.describe import describe
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
 from db.identity import is_same_patient
-from db.outbox import ClaimedDelivery
 from db.process import Stop
 from db.sandbox import Sandbox
-from db.tables import DeliveryRow, ObjectRow, ResultRow, StudyRow
+from db.tables import DeliveryRow, NoticeRow, ObjectRow, ResultRow, StudyRow
 from dicom_sr.assemble import Assembler
+from dicom_sr.association import peer_of
 from dicom_sr.inputs import READ_TIMEOUT_S, Subject
+from dicom_sr.lease import Lease
 from dicom_sr.plan import REPORT
-from dicom_sr.push import Answer, Delivery, Outcome, Parcel, Peer, is_delivered, push
+from dicom_sr.push import Answer, Delivery, Outcome, Parcel, is_delivered, push
 from dicom_sr.recording import NEVER, record
 
 log = structlog.get_logger()
 
-#: Longer than any association may take: ten objects, each answered at the last moment.
-SEND_LEASE_S = 900.0
 OTHER_PATIENT = "study_changed"
 
 
@@ -66,36 +66,37 @@ class Sender:
         """
         tenant, destination = self._tenant.id, self._destination.name
         with Session(self._engine) as session, session.begin():
-            delivery = outbox.claim_due(
-                session, tenant, destination, self._worker, lease_s=SEND_LEASE_S
-            )
+            delivery = claims.claim_due(session, tenant, destination, self._worker)
         if delivery is None:
             return False
         with structlog.contextvars.bound_contextvars(
             tenant=tenant, destination=destination, delivery_id=delivery.id
         ):
             try:
-                self._try(delivery, stop)
+                with Lease(self._engine, partial(claims.renew, delivery=delivery)) as lease:
+                    self._try(delivery, lease, stop)
             except StaleAnalysis:
                 log.warning("delivery_taken_over")
         return True
 
-    def _try(self, delivery: ClaimedDelivery, stop: Stop) -> None:
+    def _try(self, delivery: ClaimedDelivery, lease: Lease, stop: Stop) -> None:
         """However it ends, the delivery is not left to its lease."""
         try:
-            self._deliver(delivery, stop)
+            self._deliver(delivery, lease, stop)
         except StaleAnalysis:
             raise
         except NodeError as error:
             self._not_prepared(delivery, error, stop)
         except OperationalError:
-            self._record(lambda session: outbox.release(session, delivery), stop)
+            self._record(lambda session: dispatch.release(session, delivery), stop)
             raise
-        except Exception as error:  # noqa: BLE001 - one object must not stop the others
-            log.error("sending_crashed", exc_type=type(error).__name__)
+        except Exception as error:
+            # The worker loop records it and goes on; here it is one of this delivery's tries, so
+            # that it waits longer each time and ends, while the others go their way.
             self._not_prepared(delivery, SendingCrashed(type(error).__name__), stop)
+            raise
 
-    def _deliver(self, delivery: ClaimedDelivery, stop: Stop) -> None:
+    def _deliver(self, delivery: ClaimedDelivery, lease: Lease, stop: Stop) -> None:
         with Session(self._engine) as session:
             subject = self._assembler.subject(session, delivery.result_id)
         if not delivery.statuses:
@@ -105,14 +106,14 @@ class Sender:
             # As it is now: held, corrected or gone since the objects were built?
             study = session.get_one(StudyRow, delivery.study_id)
         if study.is_held:
-            self._record(lambda session: outbox.release(session, delivery), stop)
+            self._record(lambda session: dispatch.release(session, delivery), stop)
         elif parcels and not self._is_about(parcels[0], study):
             self._record(
-                lambda session: outbox.withhold(session, delivery, error_code=OTHER_PATIENT), stop
+                lambda session: dispatch.withhold(session, delivery, error_code=OTHER_PATIENT), stop
             )
             log.error("delivery_withheld", reason_code=OTHER_PATIENT)
         else:
-            sent = push(self._peer, parcels) if parcels else Delivery({})
+            sent = push(self._peer, parcels, lease.is_held) if parcels else Delivery({})
             self._conclude(delivery, sent, stop)
 
     def _up_to_date(self, delivery: ClaimedDelivery, subject: Subject) -> ClaimedDelivery:
@@ -120,23 +121,26 @@ class Sender:
 
         An older result may have been under way there when this one was built.
         """
-        older = aliased(DeliveryRow)
-        finished_later = exists().where(
+        older, result_id = aliased(DeliveryRow), delivery.result_id
+        # Persisted before anything was built: what was finished by then is in the objects.
+        at = union(
+            select(ResultRow.at).where(ResultRow.id == result_id),
+            select(NoticeRow.at).where(NoticeRow.id == result_id),
+        ).scalar_subquery()
+        finished_later = select(older.id).where(
             older.analysis_id == delivery.analysis_id,
             older.destination == delivery.destination,
             older.id < delivery.id,
-            older.finished_at > ResultRow.at,
+            older.finished_at > at,
         )
         with Session(self._engine) as session:
-            is_late = session.scalar(
-                select(ResultRow.id).where(ResultRow.id == delivery.result_id, finished_later)
-            )
+            is_late = session.scalar(finished_later.limit(1))
             if is_late is None:
                 return delivery
             variant = self._assembler.variant(session, subject, self._tenant, self._destination)
         self._assembler.ensure(subject, [variant])
         with Session(self._engine) as session, session.begin():
-            return outbox.revise(session, delivery, variant.key)
+            return dispatch.revise(session, delivery, variant.key)
 
     def _parcels(
         self, session: Session, delivery: ClaimedDelivery, subject: Subject
@@ -180,11 +184,11 @@ class Sender:
 
         def conclude(session: Session) -> None:
             if sent.error:
-                outbox.postpone(session, delivery, statuses, error_code=sent.error)
+                dispatch.postpone(session, delivery, statuses, error_code=sent.error)
             elif refused:
-                outbox.refuse(session, delivery, statuses, error_code=refused[0])
+                dispatch.refuse(session, delivery, statuses, error_code=refused[0])
             else:
-                outbox.accept(session, delivery, statuses)
+                dispatch.accept(session, delivery, statuses)
 
         self._record(conclude, stop)
         outcome = sent.error or (refused[0] if refused else "delivered")
@@ -196,9 +200,9 @@ class Sender:
 
         def conclude(session: Session) -> None:
             if isinstance(error, PermanentError):
-                outbox.withhold(session, delivery, error_code=error.code)
+                dispatch.withhold(session, delivery, error_code=error.code)
             else:
-                outbox.postpone(session, delivery, delivery.statuses, error_code=error.code)
+                dispatch.postpone(session, delivery, delivery.statuses, error_code=error.code)
 
         self._record(conclude, stop)
         log.error("delivery_not_prepared", exc_code=error.code)
@@ -220,21 +224,3 @@ def _patient_of(study: StudyRow) -> dict[str, str]:
         "patient_name": study.patient_name,
         "patient_birth_date": study.patient_birth_date,
     }
-
-
-def peer_of(tenant: Tenant, destination: Destination, scp: ScpSettings) -> Peer:
-    return Peer(
-        host=destination.host,
-        port=destination.port,
-        ae_title=destination.ae_title,
-        calling_ae=tenant.calling_ae(destination),
-        tls=_tls(scp) if destination.tls else None,
-    )
-
-
-def _tls(scp: ScpSettings) -> ssl.SSLContext:
-    """The peer's certificate is always verified; ours is the one that our listener shows."""
-    context = ssl.create_default_context(cafile=scp.tls_ca or None)
-    if scp.tls_cert:
-        context.load_cert_chain(scp.tls_cert, scp.tls_key)
-    return context

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+
+from db.outline import body_mask
 
 # The box holds the places that belong to the body on this share of the images on which it is large
 # (this share of its largest area): a nose, a chin or a neck on a few of them must not pull it.
@@ -45,14 +46,6 @@ class Box:
         return Box(row - half_rows, column - half_columns, row + half_rows, column + half_columns)
 
 
-def body_mask(image: NDArray[np.float32], above: float) -> NDArray[np.bool_]:
-    """The filled outline of the largest connected thing over `above` on one image.
-
-    Opened first by one pixel, so that a holder that touches lets go.
-    """
-    return _filled(_largest(_opened(image > above)))
-
-
 def body_masks(images: NDArray[np.float32], above: float) -> tuple[NDArray[np.bool_], int]:
     """`body_mask` of every k-th pixel of images of shape (n, rows, cols); gives the masks and k.
 
@@ -80,33 +73,3 @@ def usual_box(masks: NDArray[np.bool_]) -> Box | None:
     usual = masks[areas >= _LARGE * areas.max()].mean(axis=0) >= _USUAL
     rows, columns = np.flatnonzero(usual.any(axis=1)), np.flatnonzero(usual.any(axis=0))
     return Box(float(rows[0]), float(columns[0]), float(rows[-1] + 1), float(columns[-1] + 1))
-
-
-def _opened(solid: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Eroded, then grown, by a cross of one pixel; outside is empty. Ten times scipy's speed."""
-    return _with_neighbours(_with_neighbours(solid, np.logical_and), np.logical_or)
-
-
-def _with_neighbours(solid: NDArray[np.bool_], combine: np.ufunc) -> NDArray[np.bool_]:
-    padded = np.pad(solid, 1)
-    made = solid.copy()
-    for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        height, width = solid.shape
-        combine(made, padded[rows : rows + height, columns : columns + width], out=made)
-    return made
-
-
-def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    named, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    largest: NDArray[np.bool_] = named == 1 + int(np.argmax(np.bincount(named.ravel())[1:]))
-    return largest
-
-
-def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With all of the background that does not reach the edge."""
-    named, _ = ndimage.label(~mask)
-    edge = np.concatenate([named[0], named[-1], named[:, 0], named[:, -1]])
-    filled: NDArray[np.bool_] = ~np.isin(named, edge[edge > 0])
-    return filled

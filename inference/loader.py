@@ -1,6 +1,6 @@
 """From a claimed job to model inputs: decoding in sandboxed children, one instance at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -84,21 +84,36 @@ class Loader:
         chosen = choose(headers, bundle.manifest)
         if isinstance(chosen, Eligibility):
             return chosen
-        folder = (job.tenant, job.study_id)
-        images = [
-            self._decode(folder, instance_id, headers[instance_id])
-            for instance_id in chosen.instance_ids
-        ]
-        made = prepare_images(images, bundle)
+        made = prepare_images(self._images(job, chosen.instance_ids, headers), bundle)
         if isinstance(made, Eligibility):
             return made
         return Loaded(
             made, chosen.instance_ids, is_partial=analysis.is_partial or not chosen.is_complete
         )
 
-    def _decode(self, folder: tuple[str, int], instance_id: str, header: InstanceHeader) -> Decoded:
-        path = store_path(self._data_dir, *folder, UUID(instance_id))
-        return decode(self._sandbox, path, instance_id, header, self._settings)
+    def _images(
+        self, job: queue.ClaimedJob, chosen: Sequence[str], headers: Mapping[str, InstanceHeader]
+    ) -> list[Decoded]:
+        """All of them: a scan without an image that is there would be another scan."""
+        images = []
+        for number, instance_id in enumerate(chosen, start=1):
+            header = headers[instance_id]
+            path = store_path(self._data_dir, job.tenant, job.study_id, UUID(instance_id))
+            try:
+                images.append(decode(self._sandbox, path, instance_id, header, self._settings))
+            except PermanentError as error:
+                which = f"Image {number} of {len(chosen)} ({_numbers(header)})"
+                raise type(error)(f"{which}: {error}.") from error
+        return images
+
+
+def _numbers(header: InstanceHeader) -> str:
+    """How a viewer lists an image; never its patient."""
+    series, instance = (
+        "without number" if number is None else str(number)
+        for number in (header.series_number, header.instance_number)
+    )
+    return f"series {series}, instance {instance}"
 
 
 def decode(
@@ -127,7 +142,7 @@ def decode(
             return Decoded(instance_id, header, meta, arrays[0])
         except ChildDied as error:
             if attempt == MAX_DEATHS:
-                raise DecoderKilled("an image ended its decoder each time it was read") from error
+                raise DecoderKilled("it ended its decoder each time it was read") from error
     raise AssertionError("unreachable")
 
 

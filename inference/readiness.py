@@ -4,20 +4,22 @@ import datetime as dt
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import structlog
-from sqlalchemy import ColumnElement, Engine, func, or_, select, update
+from sqlalchemy import ColumnElement, Engine, exists, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Tenant
 from db import operator, queue, results, studies
+from db.errors import CutOff
 from db.header import InstanceHeader
 from db.process import Stop
 from db.result import Eligibility
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import AnalysisRow, InstanceRow, StudyRow
+from db.tables import AnalysisRow, InstanceRow, QuarantineRow, StudyRow
 from inference.eligibility import Selection, judge
 from inference.manifest import Manifest
 
@@ -183,7 +185,12 @@ class Readiness:
 
 def select_images(session: Session, study_id: int, manifest: Manifest) -> Selection | Eligibility:
     """What a bundle would analyse of a study as it is now."""
-    return choose(headers_of(session, study_id), manifest)
+    chosen = choose(headers_of(session, study_id), manifest)
+    if isinstance(chosen, Selection) and (n := _cut_off(session, study_id, chosen)):
+        # It may have been the first or the last image, whose loss leaves no hole.
+        words = f"{n} of the series' images came cut off"
+        return replace(chosen, missing=(*chosen.missing, words))
+    return chosen
 
 
 def choose(headers: Mapping[str, InstanceHeader], manifest: Manifest) -> Selection | Eligibility:
@@ -195,6 +202,24 @@ def choose(headers: Mapping[str, InstanceHeader], manifest: Manifest) -> Selecti
         log.error("judging_failed", exc_type=type(error).__name__)
         reason = "The headers hold values that cannot be judged."
         return Eligibility("judging_failed", type(error).__name__, "plausible values", reason)
+
+
+def _cut_off(session: Session, study_id: int, chosen: Selection) -> int:
+    """Images of the series that are set aside because they came cut off, and not whole since."""
+    study = session.get_one(StudyRow, study_id)
+    has_come = exists().where(
+        InstanceRow.study_id == study_id,
+        InstanceRow.sop_instance_uid == QuarantineRow.sop_instance_uid,
+    )
+    query = select(func.count(QuarantineRow.sop_instance_uid.distinct())).where(
+        QuarantineRow.tenant == study.tenant,
+        QuarantineRow.origin == study.origin,
+        QuarantineRow.study_instance_uid == study.study_instance_uid,
+        QuarantineRow.series_instance_uid.in_(chosen.series_instance_uids),
+        QuarantineRow.code == CutOff.code,
+        ~has_come,
+    )
+    return session.scalar(query) or 0
 
 
 def _is_being_stored(session: Session, study_id: int) -> bool:

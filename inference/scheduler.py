@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Tenant
-from db import queue, results
+from db import notices, queue, results
 from db.errors import DatabaseAway, NodeError, PermanentError, StaleAnalysis, TransientError
 from db.files import result_folder, write_durably
 from db.job import JobKind
@@ -104,9 +104,11 @@ class Scheduler:
         ended = threading.Event()
         heart = threading.Thread(target=self._renew_until, args=(ended,), name="leases")
         heart.start()
+        is_presented = False
         try:
             while not self._stop.is_set():
                 try:
+                    is_presented = is_presented or self.present()
                     if not self.step():
                         self.wait()
                 except DBAPIError:
@@ -117,6 +119,14 @@ class Scheduler:
             ended.set()
             heart.join()
             self.close()
+
+    def present(self) -> bool:
+        """Have the database know what the bundles call themselves, for what has no finding."""
+        with Session(self._engine) as session, session.begin():
+            for one in self._served.values():
+                output = one.bundle.manifest.output
+                notices.present(session, one.bundle.identity(one.numerics), output)
+        return True
 
     def step(self) -> bool:
         """One round: claim, take in what is loaded, run one batch. False when there was nothing."""

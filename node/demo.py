@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings, load
 from db.engine import engine_for
-from db.result import Finding, percent, study_words
+from db.result import Finding, percent
 from db.tables import AnalysisRow, ResultRow, StudyRow
+from db.wording import verdict
 from node.demo_view import View
 from node.hospital import Scanners, Visit, configuration, visits
 from node.orthanc import OrthancPacs
@@ -178,8 +179,9 @@ def _look(session: Session, visit: Visit, archive: Archive) -> None:
 def _numbers(finding: Finding) -> dict[str, Any]:
     primary = finding.primary
     shown = percent(primary.probability) if primary.probability else ""
+    words = verdict(is_positive=finding.is_positive, is_partial=finding.is_partial)
     return {
-        "ai": f"{primary.words}: {study_words(finding.labels)} {shown}".strip(),
+        "ai": f"{primary.words}: {words} {shown}".strip(),
         "is_positive": finding.is_positive,
         "urgency": str(finding.urgency),
         "is_partial": finding.is_partial,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +137,22 @@ def receiver(settings: Settings) -> Checks:
             )
             continue
         peer = send.Peer(host, settings.scp.port, tenant.ae_titles[0], calling)
-        yield _echo(name, peer, "is the node running? `vigil serve`")
+        at = f"{peer.host}:{peer.port}"
+        yield _echo(name, at, partial(send.echo, peer), "is the node running? `vigil serve`")
 
 
 def destinations(settings: Settings) -> Checks:
-    """C-ECHO to every archive."""
+    """C-ECHO to every archive, over the same kind of line as deliveries."""
+    from dicom_sr.association import echo, peer_of
+
     for tenant in settings.tenants:
         for destination in tenant.destinations:
             name = f"{tenant.id}: {destination.name}"
-            if destination.tls:
-                yield Check(
-                    name, Grade.WARNING, "speaks TLS; its C-ECHO button is on the dashboard"
-                )
-                continue
-            calling = tenant.calling_ae(destination)
-            peer = send.Peer(destination.host, destination.port, destination.ae_title, calling)
             yield _echo(
-                name, peer, "check address, AE titles and firewall; the archive must know us"
+                name,
+                f"{destination.host}:{destination.port}",
+                partial(echo, peer_of(tenant, destination, settings.scp)),
+                "check address, AE titles, certificates and firewall; the archive must know us",
             )
 
 
@@ -221,12 +221,12 @@ def _local_sender(tenant: Tenant) -> str | None:
     return next(found, None)
 
 
-def _echo(name: str, peer: send.Peer, advice: str) -> Check:
+def _echo(name: str, at: str, ask: Callable[[], str | None], advice: str) -> Check:
     started = time.monotonic()
-    if problem := send.echo(peer):
-        return Check(name, Grade.BAD, f"{peer.host}:{peer.port} {problem}", advice)
+    if problem := ask():
+        return Check(name, Grade.BAD, f"{at} {problem.replace('_', ' ')}", advice)
     took = 1000 * (time.monotonic() - started)
-    return Check(name, Grade.GOOD, f"{peer.host}:{peer.port} answers C-ECHO in {took:.0f} ms")
+    return Check(name, Grade.GOOD, f"{at} answers C-ECHO in {took:.0f} ms")
 
 
 def _certificate(name: str, path: Path) -> Check:

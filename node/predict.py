@@ -23,8 +23,9 @@ from db.errors import ChildDied, NotDicom, PermanentError
 from db.header import InstanceHeader
 from db.meta import Provenance, encode_head
 from db.pixels import read_images
-from db.result import Eligibility, Finding, percent, study_words
+from db.result import Eligibility, Finding, percent
 from db.sandbox import Sandbox, Unreadable
+from db.wording import verdict
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.plan import Context, Variant, needed_images
 from dicom_sr.source import parsed, read_header
@@ -253,7 +254,7 @@ def _show(document: dict[str, Any], console: Console) -> None:
         return
     finding = Finding.from_json(document["finding"])
     partial = " PARTIAL" if finding.is_partial else ""
-    words = study_words(finding.labels)
+    words = verdict(is_positive=finding.is_positive, is_partial=finding.is_partial)
     console.print(f"[bold]{finding.output.title}[/]: {words}, {finding.urgency}{partial}")
     table = Table("label", "probability", "threshold", "logit", "strongest on")
     for label in finding.labels:

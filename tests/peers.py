@@ -1,5 +1,6 @@
 """A PACS that can be told to misbehave: a real storage SCP on loopback, in threads of the test."""
 
+import ssl
 import threading
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +17,8 @@ class Pacs:
 
     Set at any time: `answer`, the status of the next stores; `answers`, statuses by SOP class,
     which win; `aborts_after`, how many stores it takes before it aborts; `stalls`, whether it
-    never answers; `rejects`, whether it rejects associations.
+    never answers, and `stalls_after`, how many it answers before; `rejects`, whether it rejects
+    associations.
     """
 
     def __init__(
@@ -25,11 +27,14 @@ class Pacs:
         ae_title: str = "PACS",
         refuses: tuple[str, ...] = (),
         syntaxes: tuple[UID, ...] = SYNTAXES,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.answer = 0x0000
         self.answers: dict[str, int] = {}
         self.aborts_after: int | None = None
         self.stalls = False
+        self.stalls_after = 0
+        self.is_stalled = threading.Event()  # somebody waits for an answer in vain
         self.rejects = False
         self.received: list[Dataset] = []  # every store, in order, also of the same instance
         self.raw: list[bytes] = []  # the encoded data sets as they came
@@ -37,11 +42,13 @@ class Pacs:
         self.proposed: list[list[str]] = []  # abstract syntaxes of each association
         self.ae_title = ae_title
         self._gone = threading.Event()
+        self._tls = tls
         self._entity = AE(ae_title=ae_title)
         self._entity.maximum_pdu_size = 0
         for context in AllStoragePresentationContexts:
             if context.abstract_syntax not in refuses:
                 self._entity.add_supported_context(str(context.abstract_syntax), list(syntaxes))
+        self._entity.add_supported_context("1.2.840.10008.1.1")  # Verification
         self._start()
 
     def _start(self, port: int = 0) -> None:
@@ -49,7 +56,9 @@ class Pacs:
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_REQUESTED, self._requested),
         ]
-        server = self._entity.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
+        server = self._entity.start_server(
+            ("127.0.0.1", port), block=False, evt_handlers=handlers, ssl_context=self._tls
+        )
         assert server is not None
         self.port = int(server.server_address[1])
 
@@ -62,7 +71,8 @@ class Pacs:
             event.assoc.kill()
 
     def _store(self, event: evt.Event) -> int:
-        if self.stalls:
+        if self.stalls and len(self.received) >= self.stalls_after:
+            self.is_stalled.set()
             self._gone.wait(30)
             return 0x0000
         if self.aborts_after is not None and len(self.received) >= self.aborts_after:

@@ -60,8 +60,8 @@ class Stages:
             engine, self.settings, served, Device(torch.device("cpu"), 8), "test", threading.Event()
         )
 
-    def receive(self, datasets: Iterable[Dataset]) -> None:
-        """Spool and take in, as if a scanner had sent them."""
+    def receive(self, datasets: Iterable[Dataset], *, lost_bytes: int = 0) -> None:
+        """Spool and take in, as if a scanner had sent them, each without its last bytes."""
         for dataset in datasets:
             source = Provenance(
                 tenant="north",
@@ -72,7 +72,8 @@ class Stages:
                 sop_instance_uid=dataset.SOPInstanceUID,
                 transfer_syntax_uid=dataset.file_meta.TransferSyntaxUID,
             )
-            self.spool.keep(source, encoded(dataset))
+            body = encoded(dataset)
+            self.spool.keep(source, body[: len(body) - lost_bytes])
         folder = self.settings.node.data_dir / "spool" / "test"
         while self.intake.take(folder):
             pass

@@ -1,43 +1,37 @@
 """From a stored finding to objects in a PACS: real PostgreSQL, real files, real associations."""
 
 import hashlib
-import io
 import subprocess
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pydicom
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, select, text, update
 from sqlalchemy.orm import Session
 
-from config.settings import Settings
-from config.tenants import Destination, Tenant
+from config.settings import ScpSettings, Settings
+from config.tenants import Tenant
 from db import operator, queue, results, studies
-from db.files import result_folder, store_path, write_durably
+from db.files import result_folder
 from db.job import JobKind
-from db.result import Finding
 from db.sandbox import Sandbox
 from db.study import AnalysisEvent, AnalysisState
 from db.tables import (
     AnalysisRow,
     DeliveryRow,
     DestinationRow,
-    EventRow,
     JobRow,
     ObjectRow,
     ResultRow,
     StudyRow,
 )
-from dicom_sr.deliver import Deliverer
 from tests.builders import ct_series
-from tests.findings import make_finding, make_maps
+from tests.certificates import Authority
+from tests.delivery import Node, analysed, destination, free_port, running, wait_until
+from tests.findings import make_finding
 from tests.peers import Pacs
 from tests.validators import need
 
@@ -57,139 +51,9 @@ def pacs() -> Iterator[Pacs]:
         yield peer
 
 
-def destination(port: int, name: str = "pacs", **changes: object) -> Destination:
-    fields = {"name": name, "ae_title": "PACS", "host": "127.0.0.1", "port": port, **changes}
-    return Destination(**fields)  # type: ignore[arg-type]
-
-
-def analysed(finding: Finding) -> list[str]:
-    return [image.instance_id for image in finding.images]
-
-
-@dataclass
-class Node:
-    """A node with everything but the receiver and the model."""
-
-    engine: Engine
-    settings: Settings
-    sandbox: Sandbox
-
-    def sends_to(self, *destinations: Destination) -> "Node":
-        tenant = Tenant(id="north", ae_titles=("NORTH_AI",), destinations=destinations)
-        self.settings = self.settings.model_copy(update={"tenants": (tenant,)})
-        return self
-
-    @property
-    def deliverer(self) -> Deliverer:
-        return Deliverer(self.engine, self.settings, self.sandbox, worker="test", version="0.1.0")
-
-    def study(self, *, origin: str = "dicom", **changes: object) -> int:
-        """A received study: row, files in the store; returns its analysis."""
-        series = sorted(ct_series(), key=lambda d: float(d.ImagePositionPatient[2]))
-        first = series[0]
-        with Session(self.engine) as session, session.begin():
-            study = StudyRow(
-                tenant="north",
-                origin=origin,
-                study_instance_uid=str(first.StudyInstanceUID),
-                patient_id=str(first.PatientID),
-                patient_name=str(first.PatientName),
-                **changes,
-            )
-            session.add(study)
-            session.flush()
-            studies.ensure_analyses(session, study, self.settings.tenants[0])
-            analysis_id = session.scalars(select(AnalysisRow.id)).one()
-            study_id = study.id
-        finding = make_finding(series)
-        for image, dataset in zip(finding.images, series, strict=True):
-            data = io.BytesIO()
-            pydicom.dcmwrite(data, dataset, enforce_file_format=True)
-            path = store_path(self.data_dir, "north", study_id, uuid.UUID(image.instance_id))
-            write_durably(path, data.getvalue())
-        self.move(analysis_id, AnalysisEvent.SERIES_READY)
-        return analysis_id
-
-    def found(self, analysis_id: int, *, positive: bool = True, **changes: object) -> uuid.UUID:
-        """The numbers of a result, stored as inference stores them."""
-        series = sorted(ct_series(), key=lambda d: float(d.ImagePositionPatient[2]))
-        finding = make_finding(
-            series, positive=positive, **{"result_uuid": str(uuid.uuid4()), **changes}
-        )
-        self.keep_maps(finding)
-        with Session(self.engine) as session, session.begin():
-            job = queue.claim(session, [JobKind.INFER], "infer")
-            assert job is not None
-            assert job.analysis_id == analysis_id
-            results.store_finding(session, job, finding, analysed(finding))
-        return uuid.UUID(finding.result_uuid)
-
-    def keep_maps(self, finding: Finding) -> None:
-        file = io.BytesIO()
-        maps = make_maps(finding)
-        np.savez_compressed(file, **{f"cam_{i}": one for i, one in maps.items()})
-        folder = result_folder(self.data_dir, "north", uuid.UUID(finding.result_uuid))
-        write_durably(folder / "maps.npz", file.getvalue())
-
-    def move(self, analysis_id: int, event: AnalysisEvent) -> None:
-        with Session(self.engine) as session, session.begin():
-            studies.move(session, studies.load(session, analysis_id), event)
-
-    def state(self, analysis_id: int) -> str:
-        with Session(self.engine) as session:
-            return session.get_one(AnalysisRow, analysis_id).state
-
-    def delivery(self, result_id: uuid.UUID, name: str = "pacs") -> DeliveryRow:
-        with Session(self.engine) as session:
-            return session.scalars(
-                select(DeliveryRow).where(
-                    DeliveryRow.result_id == result_id, DeliveryRow.destination == name
-                )
-            ).one()
-
-    def forget_waiting(self) -> None:
-        """As if every back-off were over."""
-        with Session(self.engine) as session, session.begin():
-            session.execute(update(DestinationRow).values(retry_at=func.now()))
-            session.execute(update(DeliveryRow).values(run_after=func.now()))
-
-    def events(self) -> list[str]:
-        with Session(self.engine) as session:
-            return list(session.scalars(select(EventRow.kind).order_by(EventRow.id)))
-
-    def objects(self) -> list[ObjectRow]:
-        with Session(self.engine) as session:
-            return list(session.scalars(select(ObjectRow).order_by(ObjectRow.seq)))
-
-    @property
-    def data_dir(self) -> Path:
-        return self.settings.node.data_dir
-
-
 @pytest.fixture
 def node(engine: Engine, settings: Settings, sandbox: Sandbox) -> Node:
     return Node(engine, settings, sandbox)
-
-
-@contextmanager
-def running(deliverer: Deliverer) -> Iterator[None]:
-    """The stage as `vigil deliver` runs it, in a thread of the test."""
-    stop = threading.Event()
-    thread = threading.Thread(target=deliverer.run, args=(stop,))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(60)
-    assert not thread.is_alive()
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_a_finding_becomes_objects_in_the_pacs(node, pacs):
@@ -514,7 +378,7 @@ def test_a_build_that_was_killed_runs_again_without_doubling(node, pacs):
     with Session(node.engine) as session:
         (result_id,) = session.scalars(select(ResultRow.id))
         subject = builder._assembler.subject(session, result_id)
-        owed = builder._owed(session, subject)
+        owed = builder._owed(subject.tenant, subject.origin)
     builder._ensure(subject, owed, is_shadow=False)  # objects stored, then killed
 
     with Session(node.engine) as session, session.begin():
@@ -539,10 +403,37 @@ def test_a_lost_object_is_built_again_with_the_same_bytes(node, pacs):
 
     with Session(node.engine) as session:
         subject = builder._assembler.subject(session, result_id)
-        owed = builder._owed(session, subject)
+        owed = builder._owed(subject.tenant, subject.origin)
     builder._ensure(subject, owed, is_shadow=False)
 
     assert hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
+
+
+def test_a_pacs_whose_certificate_is_not_trusted_gets_it_once_it_is(node, tmp_path):
+    (tmp_path / "stranger").mkdir()
+    authority, stranger = Authority(tmp_path), Authority(tmp_path / "stranger")
+    ours, trusted = authority.signs("vigil"), tmp_path / "trusted.pem"
+    trusted.write_bytes(stranger.cert.read_bytes())
+    scp = ScpSettings(tls_ca=str(trusted), tls_cert=str(ours.cert), tls_key=str(ours.key))
+    with Pacs(tls=authority.server(authority.signs("pacs"))) as pacs:
+        node.settings = node.settings.model_copy(update={"scp": scp})
+        deliverer = node.sends_to(destination(pacs.port, tls=True)).deliverer
+        analysis_id = node.study()
+        result_id = node.found(analysis_id)
+
+        deliverer.run_once()
+        tried = node.delivery(result_id)
+        with Session(node.engine) as session:
+            pacs_row = session.scalars(select(DestinationRow)).one()
+        assert pacs.received == []
+        trusted.write_bytes(authority.cert.read_bytes())  # and nothing is restarted
+        node.forget_waiting()
+        deliverer.run_once()
+
+        assert (tried.state, tried.error_code) == ("WAITING", "certificate_not_trusted")
+        assert (pacs_row.failures, pacs_row.last_error) == (1, "certificate_not_trusted")
+        assert node.state(analysis_id) == AnalysisState.DELIVERED
+        assert len(pacs.instances) == 6
 
 
 def test_two_tenants_with_one_study_uid_reach_their_own_pacs(node, pacs):
@@ -617,13 +508,6 @@ def test_dcmtk_takes_everything_and_a_resend_leaves_its_count_unchanged(node, tm
         process.wait(10)
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 @contextmanager
 def cut_once(engine: Engine, part: str) -> Iterator[list[str]]:
     """Let the server end the connection on which a statement with `part` is about to run, once."""
@@ -694,19 +578,34 @@ def test_a_stored_object_that_changed_is_withheld(node, pacs):
     assert node.state(analysis_id) == AnalysisState.DELIVERED_IN_PART
 
 
-def test_an_object_that_cannot_be_sent_is_not_left_to_its_lease(node, pacs):
+def test_a_crash_in_one_delivery_is_one_of_its_tries_and_does_not_end_the_sender(node, pacs):
     node.sends_to(destination(pacs.port))
     result_id = node.found(node.study())
     assert node.deliverer._builder.build_once()
-    digest = hashlib.sha256(spoil_last(node, result_id).read_bytes()).hexdigest()
+    last = node.objects()[-1]
+    path = result_folder(node.data_dir, "north", result_id) / f"{last.sop_instance_uid}.dcm"
+    whole = path.read_bytes()
+    spoil_last(node, result_id)
+    expect_last(node, path)
+
+    with running(node.deliverer):
+        wait_until(lambda: node.delivery(result_id).attempts == 1)
+        row = node.delivery(result_id)
+        path.write_bytes(whole)
+        expect_last(node, path)
+        node.forget_waiting()
+        wait_until(lambda: node.delivery(result_id).state == "DELIVERED")
+
+    assert (row.state, row.error_code, row.lease_until) == ("WAITING", "sending_crashed", None)
+    assert row.run_after > row.created_at  # not again at once
+
+
+def expect_last(node: Node, path: Path) -> None:
+    """As if the last object had been built as it is now."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with Session(node.engine) as session, session.begin():
         last = select(func.max(ObjectRow.seq)).scalar_subquery()
         session.execute(update(ObjectRow).where(ObjectRow.seq == last).values(sha256=digest))
-
-    node.deliverer.run_once()
-
-    row = node.delivery(result_id)
-    assert (row.state, row.error_code, row.lease_until) == ("WAITING", "sending_crashed", None)
 
 
 def test_what_no_sender_is_left_for_expires(node, pacs):

@@ -91,6 +91,27 @@ def test_a_series_with_a_hole_waits_and_is_then_partial(stages):
     assert any("missing" in note for note in finding.notes)
 
 
+@pytest.mark.parametrize("is_cut_first", [True, False])
+def test_an_end_image_that_came_cut_off_is_missed_though_it_leaves_no_hole(stages, is_cut_first):
+    *most, last = patient(head_series())
+    for part in (True, False) if is_cut_first else (False, True):
+        stages.receive([last] if part else most, lost_bytes=100 if part else 0)
+
+    stages.judge()
+    assert analysis(stages).state == "WAITING"
+    with Session(stages.engine) as session, session.begin():
+        long_ago = func.now() - dt.timedelta(seconds=601)
+        session.execute(update(StudyRow).values(last_instance_at=long_ago))
+    stages.judge()
+    assert (analysis(stages).state, analysis(stages).is_partial) == ("QUEUED", True)
+    stages.infer()
+    assert Finding.from_json(results(stages)[-1].finding).is_partial
+
+    stages.receive([last])  # sent again, whole
+    stages.judge()
+    assert (analysis(stages).state, analysis(stages).is_partial) == ("QUEUED", False)
+
+
 def test_late_slices_reopen_and_a_second_result_is_issued(stages):
     images = patient(head_series())
     stages.receive(images[:-4])
@@ -169,10 +190,18 @@ def test_an_image_that_cannot_be_decoded_ends_in_a_stated_failure(stages):
     stages.infer()
 
     row = analysis(stages)
-    assert row.state == "FAILED"
-    assert row.reason_code
+    place = sorted(images, key=lambda image: float(image.ImagePositionPatient[2])).index(images[3])
+    number = images[3].InstanceNumber
+    assert (row.state, row.reason_code) == ("FAILED", "undecodable")
+    assert row.reason == (
+        f"Image {place + 1} of {len(images)} (series {images[3].SeriesNumber}, instance {number}): "
+        "its pixel data cannot be decoded (ValueError in 1.2.840.10008.1.2.1)."
+    )
+    assert results(stages) == []
     with Session(stages.engine) as session:
-        assert session.scalars(select(EventRow).where(EventRow.is_alarm)).first() is not None
+        (alarm,) = session.scalars(select(EventRow).where(EventRow.is_alarm))
+        assert alarm.detail["reason_code"] == "undecodable"
+        assert len(session.scalars(select(InstanceRow)).all()) == len(images)
 
 
 def test_what_is_not_stored_yet_is_not_taken_for_missing(stages):

@@ -1,6 +1,7 @@
 """Intake against a real database: whose instance it is, and that nothing doubles or is dropped."""
 
 import datetime as dt
+import random
 import re
 import uuid
 import zlib
@@ -11,7 +12,12 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    generate_uid,
+)
 from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -407,29 +413,78 @@ def test_h10_nul_padding_and_leading_zeros_are_taken(node):
     assert node.one(StudyRow).study_instance_uid == "1.2.003.4"
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"hello, this is no DICOM at all\n" * 20, b"\0" * 1000, b"\xff" * 1000, b"x"],
-    ids=["text", "zeros", "ones", "one byte"],
-)
-def test_h20_what_is_no_data_set_ends_in_quarantine(node, body):
-    node.keep(ct_image(), body)
+NO_DATA_SET = {
+    "text": b"hello, this is no DICOM at all\n" * 20,
+    "zeros": b"\0" * 1000,
+    "ones": b"\xff" * 1000,
+    "random": random.Random(5).randbytes(100_000),
+    "one byte": b"x",
+}
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("body", NO_DATA_SET.values(), ids=NO_DATA_SET)
+def test_h20_what_is_no_data_set_ends_in_quarantine_under_its_commands_uid(node, body, syntax):
+    image = ct_image()
+
+    node.keep(image, body, transfer_syntax_uid=syntax)
     node.drain()
 
-    assert node.one(QuarantineRow).code in {"not_dicom", "unreadable"}
-    assert len(node.files("quarantine")) == 1
+    row = node.one(QuarantineRow)
+    assert (row.code, row.sop_instance_uid, row.sender, row.is_conflict) == (
+        "not_dicom", image.SOPInstanceUID, "CT1", False,
+    )  # fmt: skip
+    assert row.reason == (
+        "It cannot be read: it holds no UID and no patient, so it is no DICOM data set."
+    )
+    (path,) = node.files("quarantine")
+    assert path.read_bytes().endswith(body)
+    assert node.all(StudyRow) == []
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
-def test_h20_a_cut_off_data_set_ends_in_quarantine(node, share):
+@pytest.mark.parametrize(
+    ("share", "part"), [(0.1, "data set"), (0.3, "pixel data"), (0.999, "pixel data")]
+)
+def test_h20_a_cut_off_data_set_ends_in_quarantine_and_the_whole_one_is_accepted(node, share, part):
     image = ct_image()
     body = encoded(image)
 
     node.keep(image, body[: int(len(body) * share)])
     node.drain()
 
-    assert node.one(QuarantineRow).code in {"not_dicom", "missing_uid", "uid_mismatch"}
-    assert node.all(InstanceRow) == []
+    row = node.one(QuarantineRow)
+    assert (row.code, row.sop_instance_uid) == ("cut_off", image.SOPInstanceUID)
+    assert row.reason == f"It cannot be read: the {part} is cut off."
+    assert node.all(StudyRow) == []
+    node.file(image)
+    assert node.one(InstanceRow).sop_instance_uid == image.SOPInstanceUID
+    assert not node.one(StudyRow).is_held
+
+
+def test_h20_a_cut_off_image_is_named_beside_its_study_and_holds_nothing(node):
+    first, cut, strange = ct_series(slices=3)
+    (other,) = other_patient([strange])
+
+    node.receive(first)
+    for image in (cut, other):
+        node.keep(image, encoded(image)[:-100])
+    node.drain()
+
+    study = node.one(StudyRow)
+    rows = {row.sop_instance_uid: row for row in node.all(QuarantineRow)}
+    assert {row.code for row in rows.values()} == {"cut_off"}
+    assert rows[cut.SOPInstanceUID].study_id == study.id
+    assert rows[other.SOPInstanceUID].study_id is None  # not this patient's
+    assert (study.n_instances, study.is_held) == (1, False)
+    events = [row for row in node.all(EventRow) if row.kind == "instance_quarantined"]
+    assert [row.study_id for row in events].count(study.id) == 1
+
+
+def test_h10_h20_a_malformed_uid_of_a_command_is_not_repeated_in_the_quarantine(node):
+    node.keep(ct_image(), b"x", sop_instance_uid="../../etc/passwd\0x")
+    node.drain()
+
+    assert node.one(QuarantineRow).sop_instance_uid == ""
 
 
 def test_h20_a_small_file_that_inflates_to_gigabytes_is_quarantined_unread(node):

@@ -363,6 +363,21 @@ def test_a_store_without_a_data_set_is_not_understood(receive):
     peer.release()
 
 
+def test_h20_a_data_set_of_no_bytes_is_not_understood_and_the_association_stays(receive):
+    node = receive()
+    image = ct_image()
+    peer = associate(node)
+
+    with answered(peer) as answer:
+        raw_socket(peer).sendall(pdv(1, 3, command(image)) + pdv(1, 2, b""))
+
+    assert answer.status == 0xC000
+    assert list(node.box.folder.rglob("*.part")) == []
+    assert waiting(node) == []
+    assert peer.send_c_store(image).Status == 0x0000
+    peer.release()
+
+
 FUZZ = {
     "a data set before its command": pdv(1, 2, b"x" * 100),
     "an unknown context": pdv(77, 3, command(ct_image())) + pdv(77, 2, b"x"),

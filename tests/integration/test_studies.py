@@ -9,7 +9,7 @@ from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
 from config.tenants import Destination, Tenant
-from db import operator, outbox, queue, studies
+from db import claims, dispatch, operator, outbox, queue, reach, studies
 from db.errors import IllegalMove, PermanentError, StaleAnalysis, TransientError
 from db.job import MAX_ATTEMPTS, JobKind, JobState
 from db.outbox import DeliveryState
@@ -82,9 +82,9 @@ def owe(engine: Engine, analysis_id: int, result_no: int, *destinations: Destina
         outbox.enqueue(session, analysis, result.id, [(d, "") for d in destinations])
 
 
-def claim_delivery(engine: Engine, name: str = "pacs") -> outbox.ClaimedDelivery | None:
+def claim_delivery(engine: Engine, name: str = "pacs") -> claims.ClaimedDelivery | None:
     with Session(engine) as session, session.begin():
-        return outbox.claim_due(session, "north", name, "worker")
+        return claims.claim_due(session, "north", name, "worker")
 
 
 def test_a_ready_series_queues_one_inference(engine):
@@ -227,7 +227,7 @@ def test_a_result_is_delivered_once_every_destination_has_it(engine):
         assert state_of(engine, analysis_id)[0] == "BUILT"
         delivery = claim_delivery(engine, name)
         with Session(engine) as session, session.begin():
-            outbox.accept(session, delivery, {"1.2": "0000"})
+            dispatch.accept(session, delivery, {"1.2": "0000"})
 
     assert state_of(engine, analysis_id) == ("DELIVERED", "DONE")
     assert claim_delivery(engine) is None
@@ -247,13 +247,13 @@ def test_a_destination_backs_off_as_a_whole_and_its_first_success_releases_all(e
     built(engine, PACS, uid="1.2", lane=0)
     first = claim_delivery(engine)
     with Session(engine) as session, session.begin():
-        outbox.postpone(session, first, {}, error_code="no_connection")
+        dispatch.postpone(session, first, {}, error_code="no_connection")
 
     assert claim_delivery(engine) is None
     assert claim_delivery(engine, "archive") is not None  # another destination is not delayed
 
     with Session(engine) as session, session.begin():
-        outbox._destination_answers(session, first)
+        reach.answered(session, "north", "pacs")
     assert claim_delivery(engine).analysis_id == first.analysis_id  # urgent first
     assert claim_delivery(engine) is not None
 
@@ -265,7 +265,7 @@ def test_a_delivery_that_expires_ends_in_part_with_an_alarm(engine):
     delivery = claim_delivery(engine)
 
     with Session(engine) as session, session.begin():
-        outbox.postpone(session, delivery, {}, error_code="no_connection")
+        dispatch.postpone(session, delivery, {}, error_code="no_connection")
 
     assert state_of(engine, analysis_id) == ("DELIVERED_IN_PART", "DONE_WITH_GAPS")
 
@@ -273,13 +273,13 @@ def test_a_delivery_that_expires_ends_in_part_with_an_alarm(engine):
 def test_five_refusals_end_in_part(engine):
     analysis_id = built(engine, PACS)
 
-    for n in range(outbox.MAX_REFUSALS):
+    for n in range(dispatch.MAX_REFUSALS):
         assert state_of(engine, analysis_id)[0] == "BUILT", n
         with Session(engine) as session, session.begin():
             session.execute(update(DeliveryRow).values(run_after=func.now()))
         delivery = claim_delivery(engine)
         with Session(engine) as session, session.begin():
-            outbox.refuse(session, delivery, {"1.2": "C000"}, error_code="refused")
+            dispatch.refuse(session, delivery, {"1.2": "C000"}, error_code="refused")
 
     assert state_of(engine, analysis_id)[0] == "DELIVERED_IN_PART"
 
@@ -288,8 +288,8 @@ def test_a_newer_result_drops_an_unsent_one_and_waits_for_a_part_sent_one(engine
     analysis_id = built(engine, PACS, ARCHIVE)
     part = claim_delivery(engine, "archive")
     with Session(engine) as session, session.begin():
-        outbox.postpone(session, part, {"1.2": "0000"}, error_code="aborted")
-        outbox._destination_answers(session, part)
+        dispatch.postpone(session, part, {"1.2": "0000"}, error_code="aborted")
+        reach.answered(session, "north", "archive")
         session.execute(update(DeliveryRow).values(run_after=func.now()))
 
     owe(engine, analysis_id, 2, PACS, ARCHIVE)
@@ -307,7 +307,7 @@ def test_resend_owes_the_same_objects_again(engine):
     analysis_id = built(engine, PACS)
     delivery = claim_delivery(engine)
     with Session(engine) as session, session.begin():
-        outbox.accept(session, delivery, {"1.2": "0000"})
+        dispatch.accept(session, delivery, {"1.2": "0000"})
 
     with Session(engine) as session, session.begin():
         operator.resend(session, analysis_id, actor="test")
@@ -362,11 +362,11 @@ def test_two_destinations_that_finish_together_leave_it_delivered(engine):
 
     def accept_other() -> None:
         with Session(engine) as session, session.begin():
-            outbox.accept(session, other, {"1.2": "0x0000"})
+            dispatch.accept(session, other, {"1.2": "0x0000"})
 
     thread = threading.Thread(target=accept_other)
     with Session(engine) as session, session.begin():
-        outbox.accept(session, one, {"1.2": "0x0000"})
+        dispatch.accept(session, one, {"1.2": "0x0000"})
         thread.start()
         thread.join(0.5)
         assert thread.is_alive()  # until this one is committed
@@ -379,7 +379,7 @@ def test_an_object_that_upsets_a_destination_holds_up_no_other(engine):
     built(engine, PACS, uid="1.1", lane=0)
     other = built(engine, PACS, uid="1.2", lane=1)
     with Session(engine) as session, session.begin():
-        outbox.postpone(session, claim_delivery(engine), {}, error_code="0xA700")
+        dispatch.postpone(session, claim_delivery(engine), {}, error_code="0xA700")
 
     with Session(engine) as session, session.begin():
         destination = session.scalars(select(DestinationRow)).one()
@@ -412,7 +412,7 @@ def test_a_delivery_without_a_sender_expires_and_one_under_way_does_not(engine):
     assert (expire(engine), expire(engine)) == (True, False)
     assert state_of(engine, analysis_id)[0] == "BUILT"
     with Session(engine) as session, session.begin():
-        outbox.accept(session, held, {"1.2": "0x0000"})
+        dispatch.accept(session, held, {"1.2": "0x0000"})
 
     assert state_of(engine, analysis_id) == ("DELIVERED_IN_PART", "DONE_WITH_GAPS")
     with Session(engine) as session:
@@ -422,7 +422,7 @@ def test_a_delivery_without_a_sender_expires_and_one_under_way_does_not(engine):
 
 def expire(engine: Engine) -> bool:
     with Session(engine) as session, session.begin():
-        return outbox.expire_next(session, "sweep")
+        return dispatch.expire_next(session, "sweep")
 
 
 @pytest.mark.parametrize("is_taken", [True, False])
@@ -432,12 +432,12 @@ def test_whoever_lost_the_lease_writes_nothing(engine, is_taken):
     with Session(engine) as session, session.begin():
         session.execute(update(DeliveryRow).values(lease_until=func.now()))
     with Session(engine) as session, session.begin():
-        new = outbox.claim_due(session, "north", "pacs", "another")
+        new = claims.claim_due(session, "north", "pacs", "another")
         if not is_taken:
-            outbox.release(session, new)
+            dispatch.release(session, new)
 
-    for outcome in (outbox.accept, outbox.postpone, outbox.refuse):
-        code = {} if outcome is outbox.accept else {"error_code": "no_answer"}
+    for outcome in (dispatch.accept, dispatch.postpone, dispatch.refuse):
+        code = {} if outcome is dispatch.accept else {"error_code": "no_answer"}
         with pytest.raises(StaleAnalysis), Session(engine) as session, session.begin():
             outcome(session, old, {"1.2": "0x0000"}, **code)
 

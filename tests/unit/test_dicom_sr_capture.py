@@ -10,9 +10,9 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import RLELossless
 
+from db import paint
 from db.meta import IMPLEMENTATION_CLASS_UID
 from db.result import LabelStatus, OutputSpec
-from dicom_sr import heat
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.plan import Context, Variant
 from tests.findings import (
@@ -277,20 +277,22 @@ def test_a_quiet_slice_is_painted_less_than_the_loudest_one(headers):
 
 
 def test_opacity_goes_from_threshold_to_certainty():
-    at = [heat.opacity(label_result("any", p, top=0, threshold=0.4)) for p in (0.1, 0.4, 0.7, 0.97)]
+    at = [
+        paint.opacity(label_result("any", p, top=0, threshold=0.4)) for p in (0.1, 0.4, 0.7, 0.97)
+    ]
 
-    assert at[0] == at[1] == heat.OPACITY_AT_THRESHOLD
-    assert at[1] < at[2] < at[3] <= heat.OPACITY_MOST
+    assert at[0] == at[1] == paint.OPACITY_AT_THRESHOLD
+    assert at[1] < at[2] < at[3] <= paint.OPACITY_MOST
     exploratory = label_result("any", 0.9, top=0, exploratory=True)
     assert exploratory.status is LabelStatus.EXPLORATORY
-    assert heat.opacity(exploratory) == heat.OPACITY_AT_THRESHOLD
+    assert paint.opacity(exploratory) == paint.OPACITY_AT_THRESHOLD
 
 
 def test_the_display_window_is_linear_exact():
     values = np.array([[-1000, 0, 40, 80, 3000]], np.float32)
 
-    assert heat.grey_levels(values, 40, 80).tolist() == [[0, 0, 128, 255, 255]]
-    turned = heat.grey_levels(values, 40, 80, is_inverted=True)
+    assert paint.grey_levels(values, 40, 80).tolist() == [[0, 0, 128, 255, 255]]
+    turned = paint.grey_levels(values, 40, 80, is_inverted=True)
     assert turned.tolist() == [[255, 255, 128, 0, 0]]
 
 
@@ -358,3 +360,40 @@ def test_another_kind_of_image_needs_nothing_else(headers):
     assert overlay.pixel_array[30, 30].tolist() == [255, 255, 255]  # air is white in MONOCHROME1
     (report,) = of_role(objects, "sr")
     assert report.Modality == "SR"
+
+
+def test_air_round_the_patient_is_never_coloured(headers):
+    """Attention on the background says nothing of the patient."""
+    finding = make_finding(headers)
+    everywhere = {i: np.full((256, 256), finding.map_scale, np.float32) for i in range(3)}
+
+    overlays = of_role(build(finding, headers, maps=everywhere), "overlay")
+
+    distance = np.hypot(*(np.mgrid[:256, :256] - 128.0))
+    rows = np.arange(256)[:, None]
+    clear_of_words = np.broadcast_to((rows > 14) & (rows < 241), (256, 256))
+    air = (distance > 0.38 * 256 + 2) & clear_of_words
+    body = distance < 0.38 * 256 - 3
+    for overlay in overlays:
+        is_coloured = np.ptp(overlay.pixel_array.astype(int), axis=2) > 0
+        assert not is_coloured[air].any()
+        assert is_coloured[body].all()
+
+
+def test_air_inside_the_patient_may_be_coloured():
+    values = np.full((64, 64), -1000.0, np.float32)
+    values[8:56, 8:56] = 40.0
+    values[28:36, 28:36] = -1000.0  # a sinus
+    values[60:62, 4:60] = 300.0  # the table
+    cam = np.ones((64, 64), np.float32)
+
+    kept = paint.inside(cam, values, "CT")
+
+    assert kept[32, 32] == 1.0
+    assert kept[61, 30] == kept[2, 2] == 0.0
+
+
+def test_only_ct_values_say_what_is_air():
+    cam = np.ones((8, 8), np.float32)
+
+    assert paint.inside(cam, np.full((8, 8), -1000.0, np.float32), "DX") is cam

@@ -13,9 +13,10 @@ from pydicom import Dataset
 
 from config.tenants import Destination, SendFlags, Tenant
 from db.result import Finding
+from dicom_sr.association import Peer
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.plan import Context, Variant
-from dicom_sr.push import Outcome, Parcel, Peer, push
+from dicom_sr.push import Outcome, Parcel, push
 from tests.findings import (
     by_index,
     head_ct,

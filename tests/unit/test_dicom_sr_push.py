@@ -10,9 +10,10 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
+from dicom_sr.association import Peer
 from dicom_sr.build import build_objects
 from dicom_sr.plan import SR_CLASSES, Context, Variant
-from dicom_sr.push import Answer, ObjectsGone, Outcome, Parcel, Peer, answer_for, is_delivered, push
+from dicom_sr.push import Answer, ObjectsGone, Outcome, Parcel, answer_for, is_delivered, push
 from tests.findings import by_index, make_finding, make_maps, make_pixels, synthetic_headers
 from tests.peers import Pacs
 

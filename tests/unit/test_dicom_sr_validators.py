@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage
 
 from dicom_sr.build import build_objects
 from dicom_sr.plan import SR_CLASSES, Context, ReportReference, Variant
@@ -25,6 +26,7 @@ IODS = {
     "overlay": "SCImage",
     "ko": "KeyObjectSelectionDocument",
 }
+STACK_IODS = {str(MultiFrameTrueColorSecondaryCaptureImageStorage): "MultiframeTrueColorSCImage"}
 SR_IODS = dict(
     zip(SR_CLASSES.values(), ("Comprehensive3DSR", "ComprehensiveSR", "EnhancedSR"), strict=True)
 )
@@ -59,6 +61,7 @@ def objects(tmp_path_factory) -> dict[str, Path]:
             Variant(predecessors=(old,), is_rle=True, anchors_groups=False),
         ),
         "gaps": (over_gaps, gappy, make_pixels(over_gaps), CONTEXT, Variant()),
+        "stack": (finding, headers, pixels, CONTEXT, Variant(is_stacked=True)),
     }  # fmt: skip
     paths = {}
     for name, (what, source, values, context, variant) in built.items():
@@ -72,7 +75,7 @@ def objects(tmp_path_factory) -> dict[str, Path]:
 def test_dciodvfy_finds_no_error(objects):
     for name, path in objects.items():
         _, _, role, sop_class = name.split("_")
-        iod = IODS.get(role) or SR_IODS[sop_class]
+        iod = STACK_IODS.get(sop_class) or IODS.get(role) or SR_IODS[sop_class]
         assert dciodvfy(path, iod=iod) == [], name
 
 
@@ -92,21 +95,24 @@ def test_pixelmed_finds_the_templates_and_no_error(objects):
 
     verdicts = pixelmed(reports, iod="Comprehensive3DSR", template="TID_1500 (MeasurementReport)")
 
-    assert len(verdicts) == 3
+    assert len(verdicts) == 4
     assert {path.stem: lines for path, lines in verdicts.items() if lines} == {}
 
 
 @pytest.mark.timeout(600)
 def test_pixelmed_finds_the_key_object_template(objects):
-    (keys,) = [
-        path for name, path in objects.items() if name.startswith("positive") and "_ko_" in name
+    keys = [
+        path
+        for name, path in objects.items()
+        if name.startswith(("positive", "stack")) and "_ko_" in name
     ]
 
     verdicts = pixelmed(
-        [keys], iod="KeyObjectSelectionDocument", template="TID_2010 (KeyObjectSelection)"
+        keys, iod="KeyObjectSelectionDocument", template="TID_2010 (KeyObjectSelection)"
     )
 
-    assert verdicts == {keys: []}
+    assert verdicts == {path: [] for path in keys}
+    assert len(keys) == 2
 
 
 def test_the_validators_would_notice(objects, tmp_path):

@@ -47,8 +47,13 @@ def test_every_state_can_be_reached_and_every_settled_one_left_by_hand():
     assert {advance(state, _E.RERUN) for state in SETTLED} == {_S.QUEUED}
 
 
-def test_only_queued_and_found_start_jobs():
-    assert NEXT_JOB == {_S.QUEUED: JobKind.INFER, _S.FOUND: JobKind.BUILD}
+def test_work_starts_jobs_and_an_end_without_a_result_owes_a_notice():
+    assert NEXT_JOB == {
+        _S.QUEUED: JobKind.INFER,
+        _S.FOUND: JobKind.BUILD,
+        _S.NOT_ANALYSED: JobKind.NOTICE,
+        _S.FAILED: JobKind.NOTICE,
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import nn
 
-from inference.body import body_mask
+from db.outline import body_mask
 from inference.heatmap import grad_cam, to_source
 from inference.manifest import Manifest
 from inference.window import ModelInput

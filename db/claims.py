@@ -1,0 +1,150 @@
+"""Claiming deliveries: by one sender at a time, under a lease that it renews while it sends."""
+
+import datetime as dt
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, exists, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from db.errors import StaleAnalysis
+from db.outbox import OPEN, DeliveryState
+from db.tables import DeliveryRow, DestinationRow, StudyRow
+
+#: As short as the time after which a silent process counts as gone (db.heartbeat), and renewed.
+LEASE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedDelivery:
+    """A delivery that this worker has until its lease ends."""
+
+    id: int
+    result_id: uuid.UUID
+    analysis_id: int
+    study_id: int
+    tenant: str
+    origin: str
+    destination: str
+    variant: str
+    attempts: int
+    #: SOP Instance UID -> last answer; what was accepted is not sent again
+    statuses: Mapping[str, str]
+    expires_at: dt.datetime
+    worker: str
+
+
+def claim_due(
+    session: Session, tenant: str, destination: str, worker: str
+) -> ClaimedDelivery | None:
+    """Claim the next delivery for a destination, urgent first; commit before sending.
+
+    Nothing is due while the destination backs off, while the study is held, or while an older
+    result of the same analysis is still on its way there.
+    """
+    older = aliased(DeliveryRow)
+    row = session.scalar(
+        select(DeliveryRow)
+        .join(StudyRow, StudyRow.id == DeliveryRow.study_id)
+        .join(
+            DestinationRow,
+            (DestinationRow.tenant == DeliveryRow.tenant)
+            & (DestinationRow.name == DeliveryRow.destination),
+        )
+        .where(
+            DeliveryRow.tenant == tenant,
+            DeliveryRow.destination == destination,
+            DestinationRow.retry_at <= func.now(),
+            StudyRow.is_held.is_(False),
+            or_(
+                (DeliveryRow.state == DeliveryState.WAITING)
+                & (DeliveryRow.run_after <= func.now()),
+                # A dead worker's delivery comes back when its lease is over.
+                (DeliveryRow.state == DeliveryState.SENDING)
+                & (DeliveryRow.lease_until < func.now()),
+            ),
+            ~exists().where(
+                older.analysis_id == DeliveryRow.analysis_id,
+                older.destination == DeliveryRow.destination,
+                older.id < DeliveryRow.id,
+                older.state.in_(OPEN),
+            ),
+        )
+        .order_by(DeliveryRow.lane, DeliveryRow.id)
+        .limit(1)
+        .with_for_update(of=DeliveryRow, skip_locked=True)
+    )
+    return None if row is None else take(session, row, worker)
+
+
+def take(session: Session, row: DeliveryRow, worker: str) -> ClaimedDelivery:
+    """Claim a delivery whose row is locked."""
+    row.state = DeliveryState.SENDING
+    row.worker = worker
+    row.lease_until = func.now() + dt.timedelta(seconds=LEASE_S)
+    session.flush()
+    return ClaimedDelivery(
+        id=row.id,
+        result_id=row.result_id,
+        analysis_id=row.analysis_id,
+        study_id=row.study_id,
+        tenant=row.tenant,
+        origin=row.origin,
+        destination=row.destination,
+        variant=row.variant,
+        attempts=row.attempts,
+        statuses=dict(row.statuses),
+        expires_at=row.expires_at,
+        worker=worker,
+    )
+
+
+def renew(session: Session, delivery: ClaimedDelivery) -> bool:
+    """Keep a claimed delivery for another lease; False where it is this worker's no more."""
+    kept = session.scalar(
+        update(DeliveryRow)
+        .where(*_is_mine(delivery))
+        .values(lease_until=func.now() + dt.timedelta(seconds=LEASE_S))
+        .returning(DeliveryRow.id)
+    )
+    return kept is not None
+
+
+def take_back(session: Session, is_gone: Callable[[str], bool]) -> int:
+    """End the leases of workers that are known to be dead; returns how many deliveries are free.
+
+    The others of the dead come back when their leases are over.
+    """
+    is_sending = DeliveryRow.state == DeliveryState.SENDING
+    workers = session.scalars(select(DeliveryRow.worker).where(is_sending).distinct()).all()
+    freed = session.scalars(
+        update(DeliveryRow)
+        .where(is_sending, DeliveryRow.worker.in_([name for name in workers if is_gone(name)]))
+        .values(lease_until=func.now())
+        .returning(DeliveryRow.id)
+    )
+    return len(freed.all())
+
+
+def write(session: Session, delivery: ClaimedDelivery, **values: object) -> None:
+    """Change a claimed delivery.
+
+    Raises
+    ------
+    StaleAnalysis
+        If the lease ran out and another worker has it, or has finished it.
+    """
+    written = session.scalar(
+        update(DeliveryRow).where(*_is_mine(delivery)).values(**values).returning(DeliveryRow.id)
+    )
+    if written is None:
+        raise StaleAnalysis(f"delivery row {delivery.id} is no longer this worker's")
+
+
+def _is_mine(delivery: ClaimedDelivery) -> tuple[ColumnElement[bool], ...]:
+    return (
+        DeliveryRow.id == delivery.id,
+        DeliveryRow.worker == delivery.worker,
+        DeliveryRow.state == DeliveryState.SENDING,
+    )

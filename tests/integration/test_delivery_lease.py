@@ -1,0 +1,192 @@
+"""Who has a delivery: senders that are killed, that take long, that hang (H37, H38)."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import Engine, func, update
+from sqlalchemy.orm import Session
+
+from config.settings import Settings
+from db import claims
+from db.sandbox import Sandbox
+from db.study import AnalysisState
+from db.tables import DeliveryRow
+from dicom_sr import lease
+from dicom_sr.deliver import Deliverer
+from tests.delivery import Node, destination, running, wait_until
+from tests.peers import Pacs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(size=1, memory_mb=4096, cpu_s=60) as pool:
+        yield pool
+
+
+@pytest.fixture
+def pacs() -> Iterator[Pacs]:
+    """Takes two objects and leaves the third unanswered, until it is let go."""
+    with Pacs() as peer:
+        peer.stalls, peer.stalls_after = True, 2
+        yield peer
+
+
+@pytest.fixture
+def node(engine: Engine, settings: Settings, sandbox: Sandbox, pacs: Pacs) -> Node:
+    return Node(engine, settings, sandbox).sends_to(destination(pacs.port))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of a second, renewed ten times in it."""
+    monkeypatch.setattr(claims, "LEASE_S", 1.0)
+    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+
+
+def another(node: Node) -> Deliverer:
+    return Deliverer(node.engine, node.settings, node.sandbox, worker="another", version="0.1.0")
+
+
+@contextmanager
+def stage(node: Node, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`vigil deliver` as a process."""
+    config = node.config_file(folder / "vigil.toml")
+    with (folder / "deliver.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dicom_sr"],
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env={**os.environ, "VIGIL_CONFIG": str(config)},
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(30)
+
+
+def kill_with_children(process: subprocess.Popen[bytes]) -> None:
+    """-9 for all of it at once, as a power cut does."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in family:
+        one.kill()
+    psutil.wait_procs(family, timeout=10)
+    process.wait()
+
+
+def test_h38_a_sender_killed_in_mid_send_is_relieved_as_soon_as_it_is_back(node, pacs, tmp_path):
+    analysis_id = node.study()
+    result_id = node.found(analysis_id)
+    with stage(node, tmp_path) as first:
+        assert pacs.is_stalled.wait(30)
+        kill_with_children(first)
+    assert node.delivery(result_id).state == "SENDING"
+    pacs.let_go()
+
+    with stage(node, tmp_path):
+        wait_until(lambda: node.state(analysis_id) == AnalysisState.DELIVERED, timeout_s=20)
+
+    assert len(pacs.instances) == 6
+    # Two before the kill, and the whole once: nothing was written down of the first try.
+    assert len(pacs.received) == 2 + 6
+    twice = [raw for raw in pacs.raw if pacs.raw.count(raw) == 2]
+    assert len(twice) == 4  # the same bytes
+
+
+def test_a_killed_sender_of_another_machine_is_relieved_when_its_lease_is_over(node, pacs):
+    pacs.let_go()
+    analysis_id = node.study()
+    result_id = node.found(analysis_id)
+    assert node.deliverer._builder.build_once()
+    with Session(node.engine) as session, session.begin():
+        assert claims.claim_due(session, "north", "pacs", "other-host/deliver/7/x-1-2")
+
+    sender = another(node)
+    assert not sender.take_back()
+    sender.run_once()
+    assert pacs.received == []
+    left = node.delivery(result_id).lease_until - node.delivery(result_id).created_at
+    assert left.total_seconds() < 60
+    with Session(node.engine) as session, session.begin():
+        session.execute(update(DeliveryRow).values(lease_until=func.now()))
+    sender.run_once()
+
+    assert node.state(analysis_id) == AnalysisState.DELIVERED
+
+
+def test_a_lease_lasts_as_long_as_the_sending(node, pacs, quick):
+    analysis_id = node.study()
+    node.found(analysis_id)
+    with running(node.deliverer):
+        assert pacs.is_stalled.wait(20)
+
+        until = time.monotonic() + 1.6  # more than a lease
+        while time.monotonic() < until:
+            another(node).run_once()
+
+        pacs.let_go()
+        wait_until(lambda: node.state(analysis_id) == AnalysisState.DELIVERED)
+    assert len(pacs.calling) == 1  # the other found nothing to send
+
+
+def test_who_lost_the_lease_stops_before_the_next_object_and_writes_nothing(node, pacs, quick):
+    result_id = node.found(node.study())
+    with running(node.deliverer):
+        assert pacs.is_stalled.wait(20)
+        with Session(node.engine) as session, session.begin():
+            session.execute(
+                update(DeliveryRow).values(
+                    worker="another", lease_until=func.now() + func.make_interval(0, 0, 0, 1)
+                )
+            )
+        wait_until(lambda: "lease" not in {thread.name for thread in threading.enumerate()})
+        pacs.let_go()
+
+    assert len(pacs.received) == 2  # the third was under way, and no other went
+    row = node.delivery(result_id)
+    assert (row.state, row.worker, row.statuses) == ("SENDING", "another", {})
+
+
+def test_a_sender_that_hangs_does_not_keep_its_delivery_for_ever(node, pacs, quick, monkeypatch):
+    monkeypatch.setattr(lease, "HELD_AT_MOST_S", 0.5)
+    analysis_id = node.study()
+    node.found(analysis_id)
+    with running(node.deliverer):
+        assert pacs.is_stalled.wait(20)
+        pacs.stalls = False  # for whoever comes next; the first still waits
+
+        wait_until(lambda: relieved(node, analysis_id))
+
+        pacs.let_go()
+    assert len(pacs.instances) == 6
+
+
+def relieved(node: Node, analysis_id: int) -> bool:
+    another(node).run_once()
+    return node.state(analysis_id) == AnalysisState.DELIVERED
+
+
+def test_of_two_senders_that_start_together_one_sends(node, pacs):
+    pacs.let_go()
+    node.found(node.study())
+    assert node.deliverer._builder.build_once()
+    both = [threading.Thread(target=d.run_once) for d in (node.deliverer, another(node))]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+
+    assert len(pacs.received) == 6
+    assert len(pacs.calling) == 1
