@@ -197,8 +197,13 @@ def _read(path: Path) -> str:
 
 def _explain(error: ValidationError, path: Path, text: str) -> str:
     lines = []
-    for problem in error.errors(include_url=False, include_input=False, include_context=False):
-        key = tuple(problem["loc"])
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    keys = [tuple(problem["loc"]) for problem in problems]
+    for problem, key in zip(problems, keys, strict=True):
+        # A list whose only item is wrong is also called empty: what is wrong is said of the item.
+        is_inside = any(other[: len(key)] == key and other != key for other in keys)
+        if problem["type"] == "too_short" and is_inside:
+            continue
         dotted = ".".join(str(part) for part in key) or "configuration"
         line = line_of(text, key)
         place = f"{path}:{line}" if line else f"{path}"

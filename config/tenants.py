@@ -1,9 +1,11 @@
 """Tenants: whose study it is, from the AE titles, and where the results go."""
 
 import ipaddress
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -14,7 +16,19 @@ from pydantic import (
 
 # AE: 1 to 16 characters, no backslash or control characters, not only spaces (PS3.5 6.2).
 # Leading and trailing spaces are not significant, so the configuration may not have them.
-AETitle = Annotated[str, StringConstraints(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
+_AE_TITLE = re.compile(r"[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?")
+
+
+def _ae_title(text: str) -> str:
+    if not _AE_TITLE.fullmatch(text):
+        raise ValueError(
+            "an AE title has 1 to 16 printable ASCII characters, no backslash, and no space at "
+            "either end"
+        )
+    return text
+
+
+AETitle = Annotated[str, AfterValidator(_ae_title)]
 TenantId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 LaneName = Literal["stat", "urgent", "routine"]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -122,6 +136,11 @@ class Tenant(_Part):
         names = [destination.name for destination in self.destinations]
         if len(set(names)) != len(names):
             raise ValueError(f"tenant {self.id}: two destinations have the same name")
+        if self.quiet_period_s > self.max_wait_s:
+            raise ValueError(
+                f"tenant {self.id}: quiet_period_s {self.quiet_period_s:g} is longer than "
+                f"max_wait_s {self.max_wait_s:g}, after which nothing is waited for"
+            )
         if twice := set(self.models) & set(self.shadow):
             raise ValueError(f"tenant {self.id}: {sorted(twice)} both serve and run as shadow")
         known = set(self.models) | set(self.shadow)

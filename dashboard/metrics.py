@@ -19,6 +19,7 @@ from dashboard import figures, health, overview
 from dashboard.context import Context, Ctx
 from dashboard.guard import is_loopback, is_proxied
 from dashboard.tenancy import COUNTER, acting_as
+from db import notices
 from db.job import JobState
 from db.outbox import OPEN
 from db.tables import AnalysisRow, DeliveryRow, JobRow, ProcessRow, ResultRow, StudyRow
@@ -122,7 +123,7 @@ def _numbers(session: Session) -> Iterable[Metric]:
     yield _counted(session, "vigil_results", "Newest results", results, names)
     jobs = (
         select(JobRow.tenant, JobRow.kind, JobRow.lane, count)
-        .where(JobRow.state.in_([JobState.TODO, JobState.DOING]))
+        .where(JobRow.state.in_([JobState.TODO, JobState.DOING]), ~notices.is_put_off())
         .group_by(JobRow.tenant, JobRow.kind, JobRow.lane)
     )
     yield _counted(session, "vigil_jobs", "Jobs that wait or run", jobs, ["tenant", "kind", "lane"])

@@ -10,6 +10,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from dashboard import figures
 from dashboard.figures import CURRENT, TREND_DAYS, Totals, Turnaround, midnight, seconds
+from db import notices
 from db.job import JobState
 from db.outbox import OPEN
 from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, ResultRow, StudyRow
@@ -86,10 +87,15 @@ def queue(session: Session) -> Queue:
     """What waits or runs now."""
     # One by one: each state has its own small index, and jobs that are done are many.
     open_jobs = union_all(
-        *(select(JobRow.created_at).where(JobRow.state == one) for one in _OPEN_JOBS)
+        *(
+            select(notices.due_since().label("since")).where(
+                JobRow.state == one, ~notices.is_put_off()
+            )
+            for one in _OPEN_JOBS
+        )
     ).subquery()
     n_jobs, oldest_job = session.execute(
-        select(func.count(), func.extract("epoch", func.now() - func.min(open_jobs.c.created_at)))
+        select(func.count(), func.extract("epoch", func.now() - func.min(open_jobs.c.since)))
     ).one()
     n_sends, oldest_send = session.execute(
         select(

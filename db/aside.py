@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from db import studies
+from db import answers, studies
 from db.header import InstanceHeader
 from db.identity import Described, Trouble
 from db.meta import Provenance
@@ -107,10 +107,12 @@ def file_returned(session: Session, arrivals: Sequence[Arrival]) -> list[Spooled
 
 
 def _delivered_to(session: Session, study: StudyRow) -> list[str]:
-    """Where results of this study are already: the alarm names them."""
+    """Where anything of a result of this study is already: the alarm names it."""
     rows = session.execute(
         select(DeliveryRow.destination, DeliveryRow.result_id).where(
-            DeliveryRow.study_id == study.id, DeliveryRow.state == DeliveryState.DELIVERED
+            DeliveryRow.study_id == study.id,
+            # Whatever became of the rest: it may be refused, or still be on its way.
+            or_(DeliveryRow.state == DeliveryState.DELIVERED, answers.has_something()),
         )
     )
     return sorted({f"{destination}: result {result_id}" for destination, result_id in rows})

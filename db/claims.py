@@ -5,15 +5,18 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
+from db import reach, studies
+from db.answers import merged
 from db.errors import StaleAnalysis
 from db.outbox import OPEN, DeliveryState
 from db.tables import DeliveryRow, DestinationRow, StudyRow
 
 #: As short as the time after which a silent process counts as gone (db.heartbeat), and renewed.
 LEASE_S = 30.0
+SENDER_DIED = "sender_died"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ def claim_due(
     Nothing is due while the destination backs off, while the study is held, or while an older
     result of the same analysis is still on its way there.
     """
+    _count_the_dead(session, tenant, destination)
     older = aliased(DeliveryRow)
     row = session.scalar(
         select(DeliveryRow)
@@ -57,13 +61,8 @@ def claim_due(
             DeliveryRow.destination == destination,
             DestinationRow.retry_at <= func.now(),
             StudyRow.is_held.is_(False),
-            or_(
-                (DeliveryRow.state == DeliveryState.WAITING)
-                & (DeliveryRow.run_after <= func.now()),
-                # A dead worker's delivery comes back when its lease is over.
-                (DeliveryRow.state == DeliveryState.SENDING)
-                & (DeliveryRow.lease_until < func.now()),
-            ),
+            DeliveryRow.state == DeliveryState.WAITING,
+            DeliveryRow.run_after <= func.now(),
             ~exists().where(
                 older.analysis_id == DeliveryRow.analysis_id,
                 older.destination == DeliveryRow.destination,
@@ -76,6 +75,42 @@ def claim_due(
         .with_for_update(of=DeliveryRow, skip_locked=True)
     )
     return None if row is None else take(session, row, worker)
+
+
+def _count_the_dead(session: Session, tenant: str, destination: str) -> None:
+    """A dead worker's delivery comes back when its lease is over, as one of its tries.
+
+    Should it be what kills them, then it neither loops hot nor goes unseen.
+    """
+    dead = session.scalars(
+        select(DeliveryRow)
+        .where(
+            DeliveryRow.tenant == tenant,
+            DeliveryRow.destination == destination,
+            DeliveryRow.state == DeliveryState.SENDING,
+            DeliveryRow.lease_until < func.now(),
+        )
+        .with_for_update(skip_locked=True)
+    ).all()
+    for row in dead:
+        row.attempts += 1
+        is_second = row.error_code == SENDER_DIED
+        # At first at once, whatever came before: a restart, a power cut.
+        wait = reach.backoff(row.attempts if is_second else 1)
+        row.state, row.error_code = DeliveryState.WAITING, SENDER_DIED
+        row.worker, row.lease_until = "", None
+        row.run_after = func.now() + wait
+        studies.record(
+            session,
+            SENDER_DIED,
+            tenant=row.tenant,
+            origin=row.origin,
+            study_id=row.study_id,
+            analysis_id=row.analysis_id,
+            is_alarm=is_second,
+            destination=row.destination,
+        )
+    session.flush()
 
 
 def take(session: Session, row: DeliveryRow, worker: str) -> ClaimedDelivery:
@@ -127,6 +162,22 @@ def take_back(session: Session, is_gone: Callable[[str], bool]) -> int:
     return len(freed.all())
 
 
+def note(session: Session, delivery: ClaimedDelivery, answers: Mapping[str, str]) -> dict[str, str]:
+    """Write down what a claimed delivery's destination has answered; returns all its answers.
+
+    Raises
+    ------
+    StaleAnalysis
+        If the lease ran out and another worker has it, or has finished it.
+    """
+    row = session.scalar(select(DeliveryRow).where(*_is_mine(delivery)).with_for_update())
+    if row is None:
+        raise _stale(delivery)
+    row.statuses = merged(row.statuses, answers)
+    session.flush()
+    return row.statuses
+
+
 def write(session: Session, delivery: ClaimedDelivery, **values: object) -> None:
     """Change a claimed delivery.
 
@@ -139,7 +190,11 @@ def write(session: Session, delivery: ClaimedDelivery, **values: object) -> None
         update(DeliveryRow).where(*_is_mine(delivery)).values(**values).returning(DeliveryRow.id)
     )
     if written is None:
-        raise StaleAnalysis(f"delivery row {delivery.id} is no longer this worker's")
+        raise _stale(delivery)
+
+
+def _stale(delivery: ClaimedDelivery) -> StaleAnalysis:
+    return StaleAnalysis(f"delivery row {delivery.id} is no longer this worker's")
 
 
 def _is_mine(delivery: ClaimedDelivery) -> tuple[ColumnElement[bool], ...]:

@@ -53,7 +53,7 @@ def file_study(
     Duplicates and variants, which need no row. An arrival that is neither filed nor returned waits
     in the spool for the outcome of another.
     """
-    study = _locked(session, arrivals[0].source, arrivals[0].described)
+    study = locked(session, arrivals[0].source, arrivals[0].described)
     firsts = _firsts(session, arrivals)
     dropped: list[Spooled] = []
     accepted: dict[str, Arrival] = {}
@@ -83,12 +83,13 @@ def _set_aside(session: Session, item: Arrival, trouble: Trouble, study: StudyRo
 
 def study_of(session: Session, source: Provenance, found: Described) -> StudyRow | None:
     """The study that an instance says it is of, if that is open and of the same patient."""
-    study = _locked(session, source, found)
+    study = locked(session, source, found)
     is_its = study is not None and is_same_patient(_patient_of(study), found.patient)
     return study if is_its else None
 
 
-def _locked(session: Session, source: Provenance, found: Described) -> StudyRow | None:
+def locked(session: Session, source: Provenance, found: Described) -> StudyRow | None:
+    """The study that an instance says it is of, whoever's it is."""
     return session.scalar(
         select(StudyRow)
         .where(
@@ -120,7 +121,7 @@ def _created(session: Session, tenant: Tenant | None, item: Arrival) -> StudyRow
     )
     if made is None:
         raise StaleAnalysis("another intake has just opened this study")
-    study = _locked(session, source, item.described)
+    study = locked(session, source, item.described)
     assert study is not None  # just made, in this transaction
     studies.record(
         session,
@@ -218,7 +219,7 @@ def _accept(
         sender=", ".join(sorted(senders)),
     )
     if tenant:
-        _let_analyse(session, study, tenant)
+        let_analyse(session, study, tenant)
 
 
 def _row(study: StudyRow, item: Arrival) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _count_senders(session: Session, study: StudyRow, senders: Counter[str]) -> 
         )
 
 
-def _let_analyse(session: Session, study: StudyRow, tenant: Tenant) -> None:
+def let_analyse(session: Session, study: StudyRow, tenant: Tenant) -> None:
     """Start the analyses, or end them at once: a migration must not annotate an archive."""
     age_days = _age_days(study.study_date)
     if not tenant.max_study_age_days or age_days is None or age_days <= tenant.max_study_age_days:
@@ -282,7 +283,7 @@ def _let_analyse(session: Session, study: StudyRow, tenant: Tenant) -> None:
             session,
             studies.load(session, analysis_id),
             AnalysisEvent.NOT_ELIGIBLE,
-            reason_code="study_too_old",
+            reason_code=studies.STUDY_TOO_OLD,
             reason=f"The study is {age_days} days old; the limit is {tenant.max_study_age_days}.",
             judge_at=None,
         )

@@ -20,11 +20,12 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from db.aside import Arrival, file_returned, quarantine
+from db.cut_off import Begun, Unlinked, study_lacking
 from db.describe import describe
 from db.errors import ChildDied, CutOff, NodeError, PermanentError, TransientError
 from db.faults import point
 from db.files import link_all, quarantine_path, returned_path, store_path
-from db.filing import file_study, study_of
+from db.filing import file_study, let_analyse
 from db.identity import Described, Trouble, is_uid, uid_trouble
 from db.meta import Provenance
 from db.sandbox import Sandbox
@@ -61,6 +62,7 @@ class Intake:
     ) -> None:
         self._engine, self._settings, self._sandbox = engine, settings, sandbox
         self._data_dir = settings.node.data_dir
+        self._unlinked = Unlinked(engine, self._data_dir, sandbox)
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="intake")
         self._suspects: set[uuid.UUID] = set()  # killed their reader once; read alone the next time
         self._later: dict[uuid.UUID, float] = {}  # put off until then, so that they hold up nobody
@@ -146,8 +148,8 @@ class Intake:
         arrivals = [item for item in found if isinstance(item, Arrival)]
         dropped: list[Spooled] = []
         # One transaction each, in one order everywhere, so that two intakes cannot deadlock.
-        for _, group in groupby(sorted(arrivals, key=_study_key), key=_study_key):
-            dropped += self._file_surely(list(group))
+        for key, group in groupby(sorted(arrivals, key=_study_key), key=_study_key):
+            dropped += self._file_surely(list(group), self._unlinked.of(*key))
         # Last, and one by one likewise: the study that lacks it may have been opened just now.
         for unread in found:
             if isinstance(unread, _Unread):
@@ -156,30 +158,33 @@ class Intake:
         return dropped
 
     def _set_aside(self, session: Session, item: _Unread) -> None:
-        study = None
-        if item.begun is not None and uid_trouble(item.begun, item.source) is None:
-            study = study_of(session, item.source, item.begun)
+        study = study_lacking(session, item.source, item.begun)
         said = item.begun.header if item.begun else None
         quarantine(
             session, item.spooled, item.source, item.trouble, uid=item.uid, said=said, study=study
         )
+        tenant = self._settings.tenant(item.source.tenant)
+        if study is not None and tenant is not None:
+            let_analyse(session, study, tenant)  # what was judged lacked this image
 
-    def _file_surely(self, arrivals: list[Arrival]) -> list[Spooled]:
+    def _file_surely(self, arrivals: list[Arrival], begun: list[Begun]) -> list[Spooled]:
         """One study's instances; what the database refuses is set aside, not tried for ever."""
         try:
             with Session(self._engine) as session, session.begin():
-                return self._file_group(session, arrivals)
+                return self._file_group(session, arrivals, begun)
         except (DataError, IntegrityError) as error:
             log.error("instances_not_filed", n=len(arrivals), exc_type=type(error).__name__)
         if len(arrivals) > 1:
-            return [item for one in arrivals for item in self._file_surely([one])]
+            return [item for one in arrivals for item in self._file_surely([one], begun)]
         trouble = Trouble("cannot_be_filed", "The database does not accept its header.")
         with Session(self._engine) as session, session.begin():
             quarantine(session, arrivals[0].spooled, arrivals[0].source, trouble)
         return []
 
-    def _file_group(self, session: Session, arrivals: list[Arrival]) -> list[Spooled]:
-        """One study's new instances, oldest first."""
+    def _file_group(
+        self, session: Session, arrivals: list[Arrival], begun: list[Begun]
+    ) -> list[Spooled]:
+        """One study's new instances, oldest first; `begun` may be what came of it before."""
         ours = self._ours(session, arrivals)
         dropped = file_returned(session, [item for item in arrivals if item.uid in ours])
         fit: list[Arrival] = []
@@ -193,6 +198,8 @@ class Intake:
         if fit:
             tenant = self._settings.tenant(fit[0].source.tenant)
             dropped += file_study(session, self._data_dir, tenant, fit)
+            for one in begun:
+                self._unlinked.link(session, one, tenant)
         return dropped
 
     def _ours(self, session: Session, arrivals: Iterable[Arrival]) -> set[str]:

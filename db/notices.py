@@ -6,22 +6,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, and_, case, exists, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from db import queue, results, studies
 from db.errors import PermanentError, TransientError
 from db.header import InstanceHeader
+from db.job import JobKind, JobState
 from db.result import Code, ImageRef, ModelIdentity, OutputSpec
 from db.study import AnalysisState
-from db.tables import AnalysisRow, BundleRow, InstanceRow, NoticeRow, StudyRow
+from db.tables import AnalysisRow, BundleRow, InstanceRow, JobRow, NoticeRow, StudyRow
+
+#: So many instances are tried, where the first are gone or unreadable.
+MAX_SOURCES = 5
 
 
 class BundleUnknown(TransientError):
-    """No inference process has presented the bundle yet."""
+    """No inference process has presented the bundle yet; no fault of the study."""
 
     code: ClassVar[str] = "bundle_unknown"
+    counts = False
 
 
 class NothingStored(PermanentError):
@@ -42,6 +47,7 @@ class Notice:
     is_failure: bool  # gave up; else the bundle cannot judge such a study
     code: str  # stable, e.g. contrast
     reason: str  # one sentence for a person; of a failure it is for the log, not for a page
+    has_numbers: bool = False  # a failure to build: the AI has judged, its result cannot be sent
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,8 +84,35 @@ def rest_of_wait(session: Session, job: queue.ClaimedJob, max_wait_s: float) -> 
     return last + dt.timedelta(seconds=max_wait_s) - now
 
 
-def draw(session: Session, job: queue.ClaimedJob) -> NoticeRow:
-    """The notice of a claimed job: stored on its first try, the same on every other.
+def is_put_off() -> ColumnElement[bool]:
+    """Of jobs that wait: a notice whose time has not come. It is no backlog, and so not counted."""
+    return and_(
+        JobRow.kind == JobKind.NOTICE,
+        JobRow.state == JobState.TODO,
+        JobRow.run_after > func.now(),
+    )
+
+
+def due_since() -> ColumnElement[dt.datetime]:
+    """Since when a job could have been done; a notice that was put off: since its time came."""
+    return case((JobRow.kind == JobKind.NOTICE, JobRow.run_after), else_=JobRow.created_at)
+
+
+def drawn(session: Session, job: queue.ClaimedJob) -> NoticeRow | None:
+    """The notice that an earlier try of a job has stored."""
+    return session.scalar(
+        select(NoticeRow).where(
+            NoticeRow.analysis_id == job.analysis_id,
+            NoticeRow.analysis_version == job.analysis_version,
+        )
+    )
+
+
+def sources(session: Session, job: queue.ClaimedJob) -> list[ImageRef]:
+    """Instances that a notice may take patient and study from, the first of them preferred.
+
+    Intake has seen to it that all of a study are of one patient. At most MAX_SOURCES, and at
+    least one.
 
     Raises
     ------
@@ -87,16 +120,32 @@ def draw(session: Session, job: queue.ClaimedJob) -> NoticeRow:
         If the analysis was opened again.
     BundleUnknown, NothingStored
     """
+    _bundle(session, queue.analysis_of(session, job).bundle)
+    rows = session.scalars(
+        select(InstanceRow)
+        .where(InstanceRow.study_id == job.study_id, InstanceRow.stored_at.is_not(None))
+        .order_by(InstanceRow.received_at, InstanceRow.id)
+        .limit(MAX_SOURCES)
+    ).all()
+    if not rows:
+        raise NothingStored("the study has no stored instance")
+    return [_reference(row) for row in rows]
+
+
+def draw(session: Session, job: queue.ClaimedJob, source: ImageRef) -> NoticeRow:
+    """Store the notice of a claimed job, unless it is; it never changes afterwards.
+
+    Raises
+    ------
+    StaleAnalysis
+        If the analysis was opened again.
+    BundleUnknown
+    """
     studies.lock(session, job.study_id)
     analysis = queue.analysis_of(session, job)
-    row = session.scalar(
-        select(NoticeRow).where(
-            NoticeRow.analysis_id == analysis.id,
-            NoticeRow.analysis_version == analysis.row_version,
-        )
-    )
+    row = drawn(session, job)
     if row is None:
-        notice = _notice(session, session.get_one(AnalysisRow, analysis.id))
+        notice = _notice(session, session.get_one(AnalysisRow, analysis.id), source)
         row = NoticeRow(
             id=uuid.UUID(notice.notice_uuid),
             analysis_id=analysis.id,
@@ -113,32 +162,40 @@ def draw(session: Session, job: queue.ClaimedJob) -> NoticeRow:
     return row
 
 
-def _notice(session: Session, row: AnalysisRow) -> Notice:
-    bundle = session.get(BundleRow, row.bundle)
+def _bundle(session: Session, name: str) -> BundleRow:
+    bundle = session.get(BundleRow, name)
     if bundle is None:
         raise BundleUnknown("no inference process has presented the bundle yet")
+    return bundle
+
+
+def _notice(session: Session, row: AnalysisRow, source: ImageRef) -> Notice:
+    bundle = _bundle(session, row.bundle)
     return Notice(
         notice_uuid=str(uuid.uuid4()),
         ended_at=row.updated_at.astimezone(dt.UTC).isoformat(timespec="seconds"),
         model=ModelIdentity(**bundle.model),
         output=_output(bundle.output),
-        source=_any_image(session, row.study_id),
+        source=source,
         is_failure=row.state == AnalysisState.FAILED,
         code=row.reason_code,
         reason=row.reason,
+        has_numbers=_has_numbers(session, row),
     )
 
 
-def _any_image(session: Session, study_id: int) -> ImageRef:
-    """The first instance: intake has seen to it that all of a study are of one patient."""
-    row = session.scalars(
-        select(InstanceRow)
-        .where(InstanceRow.study_id == study_id, InstanceRow.stored_at.is_not(None))
-        .order_by(InstanceRow.received_at, InstanceRow.id)
-        .limit(1)
-    ).one_or_none()
-    if row is None:
-        raise NothingStored("the study has no stored instance")
+def _has_numbers(session: Session, row: AnalysisRow) -> bool:
+    """Whether it was building that gave up: then the numbers of this very try are stored."""
+    gave_up = exists().where(
+        JobRow.analysis_id == row.id,
+        JobRow.kind == JobKind.BUILD,
+        JobRow.state == JobState.FAILED,
+        JobRow.analysis_version == row.row_version - 1,  # giving up was the one move since
+    )
+    return row.state == AnalysisState.FAILED and bool(session.scalar(select(gave_up)))
+
+
+def _reference(row: InstanceRow) -> ImageRef:
     header = InstanceHeader.from_json(row.header)
     return ImageRef(
         instance_id=str(row.id),

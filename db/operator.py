@@ -5,8 +5,8 @@ import uuid
 from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
-from db import studies
-from db.errors import IllegalMove, NodeError, PermanentError
+from db import answers, studies
+from db.errors import CutOff, IllegalMove, NodeError, PermanentError
 from db.outbox import DeliveryState
 from db.study import AnalysisEvent, AnalysisState
 from db.tables import (
@@ -52,23 +52,17 @@ def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysi
             ResultRow.analysis_id == analysis.id, ResultRow.result_no == analysis.result_no
         )
     )
-    owed = session.scalars(
-        update(DeliveryRow)
-        .where(DeliveryRow.result_id == result_id)
-        .values(
-            state=DeliveryState.WAITING,
-            statuses={},
-            attempts=0,
-            refusals=0,
-            run_after=func.now(),
-            # As much time as it had at first.
-            expires_at=func.now() + (DeliveryRow.expires_at - DeliveryRow.created_at),
-            created_at=func.now(),
-            finished_at=None,
-            error_code="",
-        )
-        .returning(DeliveryRow.id)
-    ).all()
+    owed = session.scalars(select(DeliveryRow).where(DeliveryRow.result_id == result_id)).all()
+    for row in owed:
+        row.state = DeliveryState.WAITING
+        row.statuses = answers.to_send_again(row.statuses)
+        row.attempts = row.refusals = 0
+        row.run_after = func.now()
+        # As much time as it had at first.
+        row.expires_at = func.now() + (row.expires_at - row.created_at)
+        row.created_at = func.now()
+        row.finished_at = None
+        row.error_code = ""
     if not owed:  # no destination, an upload, a shadow bundle
         raise IllegalMove("nothing was sent anywhere")
     session.execute(
@@ -84,6 +78,8 @@ def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysi
 
 def discard(session: Session, quarantined: uuid.UUID, *, actor: str) -> None:
     """The newcomer is wrong and the first stays; a study without another open conflict goes on.
+
+    So does one that waits for an image that came cut off: it is no more missed.
 
     The file stays where it is: only the decision is written.
 
@@ -101,6 +97,8 @@ def discard(session: Session, quarantined: uuid.UUID, *, actor: str) -> None:
     session.flush()
     if row.study_id is not None:
         _hold_while_open(session, row.study_id)
+        if row.code == CutOff.code:
+            _judge_anew(session, row.study_id)
     studies.record(
         session,
         "quarantine_discarded",
@@ -129,6 +127,15 @@ def _hold_while_open(session: Session, study_id: int) -> None:
     study.row_version += 1
     studies.refresh_state(session, study_id)
     studies.notify(session)
+
+
+def _judge_anew(session: Session, study_id: int) -> None:
+    # Only what waits: fewer images missing is no reason to issue a result again.
+    session.execute(
+        update(AnalysisRow)
+        .where(AnalysisRow.study_id == study_id, AnalysisRow.state == AnalysisState.WAITING)
+        .values(judge_at=func.now())
+    )
 
 
 class NotOpen(PermanentError):

@@ -9,14 +9,15 @@ import uuid
 from collections.abc import Sequence
 from enum import StrEnum
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from config.tenants import Destination
 from db import studies
+from db.answers import has_something
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import DeliveryRow, DestinationRow, ResultRow
+from db.tables import DeliveryRow, DestinationRow, NoticeRow, ResultRow
 
 
 class DeliveryState(StrEnum):
@@ -37,21 +38,9 @@ def enqueue(
     result_id: uuid.UUID,
     destinations: Sequence[tuple[Destination, str]],
 ) -> None:
-    """Owe a result to each destination (with its variant); older results that wait are dropped.
-
-    An older result of which a part was sent is finished first: `claims.claim_due` keeps the order.
-    """
+    """Owe a result or a notice to each destination (with its variant); what waits makes way."""
     studies.lock(session, analysis.study_id)
-    session.execute(
-        update(DeliveryRow)
-        .where(
-            DeliveryRow.analysis_id == analysis.id,
-            DeliveryRow.result_id != result_id,
-            DeliveryRow.state == DeliveryState.WAITING,
-            DeliveryRow.statuses == {},
-        )
-        .values(state=DeliveryState.DROPPED, finished_at=func.now())
-    )
+    _make_way(session, analysis, result_id, [destination.name for destination, _ in destinations])
     for destination, variant in destinations:
         session.execute(
             insert(DeliveryRow)
@@ -76,6 +65,50 @@ def enqueue(
     studies.notify(session)
 
 
+def _make_way(
+    session: Session, analysis: studies.Analysis, result_id: uuid.UUID, destinations: Sequence[str]
+) -> None:
+    """End what waits there and is older; of which a part was sent is finished first.
+
+    `claims.claim_due` keeps the order. What was refused in part is not waited for: that may take
+    most of a day. A notice takes no result's place: a finding must not be lost to a page that
+    there is none.
+    """
+    notices = select(NoticeRow.id).where(NoticeRow.analysis_id == analysis.id)
+    older = (
+        DeliveryRow.analysis_id == analysis.id,
+        DeliveryRow.destination.in_(destinations),
+        DeliveryRow.result_id != result_id,
+        DeliveryRow.state == DeliveryState.WAITING,
+    )
+    refused = session.execute(
+        update(DeliveryRow)
+        .where(*older, has_something(), DeliveryRow.refusals > 0)
+        .values(state=DeliveryState.REFUSED, finished_at=func.now())
+        .returning(DeliveryRow.destination, DeliveryRow.error_code)
+    )
+    for destination, error_code in refused.all():
+        studies.record(
+            session,
+            "delivery_refused",
+            tenant=analysis.tenant,
+            origin=analysis.origin,
+            study_id=analysis.study_id,
+            analysis_id=analysis.id,
+            is_alarm=True,
+            destination=destination,
+            reason_code=error_code,
+        )
+    is_notice = session.get(NoticeRow, result_id) is not None
+    session.execute(
+        update(DeliveryRow)
+        .where(
+            *older, ~has_something(), DeliveryRow.result_id.in_(notices) if is_notice else true()
+        )
+        .values(state=DeliveryState.DROPPED, finished_at=func.now())
+    )
+
+
 def settle(session: Session, analysis_id: int) -> None:
     """Once nothing of a built analysis is on its way, it is delivered, or delivered in part."""
     # Read under the lock: of two destinations that finish together the later sees the earlier.
@@ -96,6 +129,7 @@ def settle(session: Session, analysis_id: int) -> None:
     }
     if states & set(OPEN):
         return
-    whole = states <= {DeliveryState.DELIVERED, DeliveryState.DROPPED}
+    # Without its row nobody can say what it was: that is no success.
+    whole = result_id is not None and states <= {DeliveryState.DELIVERED, DeliveryState.DROPPED}
     event = AnalysisEvent.ALL_ACCEPTED if whole else AnalysisEvent.SOME_REFUSED
     studies.move(session, analysis, event)

@@ -4,11 +4,11 @@ import datetime as dt
 import random
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, func, update
+from sqlalchemy import ColumnElement, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from db.job import backoff_s
-from db.tables import DestinationRow
+from db.tables import DeliveryRow, DestinationRow
 
 MAX_BACKOFF_S = 900.0
 PAUSE_S = 2.0
@@ -71,6 +71,31 @@ def answered(session: Session, tenant: str, destination: str) -> None:
         update(DestinationRow)
         .where(*_is(tenant, destination))
         .values(failures=0, retry_at=func.now(), last_success_at=func.now(), last_error="")
+    )
+
+
+def is_missed(session: Session, tenant: str, destination: str) -> bool:
+    """Whether it was away as a whole, is left alone for now, and something waits for it."""
+    waits = exists().where(
+        DeliveryRow.tenant == tenant,
+        DeliveryRow.destination == destination,
+        DeliveryRow.state == "WAITING",
+    )
+    query = select(DestinationRow.name).where(
+        *_is(tenant, destination),
+        DestinationRow.last_error.in_(_UNREACHABLE),
+        DestinationRow.retry_at > func.now(),
+        waits,
+    )
+    return session.scalar(query) is not None
+
+
+def is_back(session: Session, tenant: str, destination: str) -> None:
+    """It answers again, though nothing was sent yet: its wait is over."""
+    session.execute(
+        update(DestinationRow)
+        .where(*_is(tenant, destination))
+        .values(failures=0, retry_at=func.now(), last_error="")
     )
 
 

@@ -11,10 +11,14 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from config.tenants import Tenant
+from db.answers import has_something
 from db.errors import StaleAnalysis
 from db.job import JobKind, JobState
 from db.study import NEXT_JOB, AnalysisEvent, AnalysisState, advance, study_state
 from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, NoticeRow, StudyRow
+
+#: Why an archive's studies are not analysed; a migration must not annotate an archive.
+STUDY_TOO_OLD = "study_too_old"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Analysis:
     analysed_sha256: str
     is_partial: bool
     is_applicable: bool
+    reason_code: str
     lane: int
 
 
@@ -62,6 +67,7 @@ def load(session: Session, analysis_id: int) -> Analysis:
         analysed_sha256=found.analysed_sha256,
         is_partial=found.is_partial,
         is_applicable=found.is_applicable,
+        reason_code=found.reason_code,
         lane=lane,
     )
 
@@ -105,7 +111,13 @@ def move(
         update(AnalysisRow)
         # By version: meanwhile it may have left this state and come back to it.
         .where(AnalysisRow.id == analysis.id, AnalysisRow.row_version == analysis.row_version)
-        .values(state=after.state, row_version=after.row_version, updated_at=func.now(), **changes)
+        .values(
+            state=after.state,
+            row_version=after.row_version,
+            updated_at=func.now(),
+            # A reason is of the state it came with.
+            **{"reason_code": "", "reason": "", **changes},
+        )
         .returning(AnalysisRow.id)
     )
     if moved is None:
@@ -150,7 +162,7 @@ def _drop_notices(session: Session, after: Analysis) -> None:
                 select(NoticeRow.id).where(NoticeRow.analysis_id == after.id)
             ),
             DeliveryRow.state == "WAITING",  # db.outbox, which builds on this module
-            DeliveryRow.statuses == {},
+            ~has_something(),
         )
         .values(state="DROPPED", finished_at=func.now())
     )
@@ -159,9 +171,7 @@ def _drop_notices(session: Session, after: Analysis) -> None:
 def enqueue(session: Session, analysis: Analysis) -> bool:
     """Make the job that the analysis' state asks for; False where it asks for none."""
     kind = NEXT_JOB.get(analysis.state)
-    if kind is JobKind.NOTICE and (analysis.is_shadow or not analysis.is_applicable):
-        return False  # nobody waits for what nobody was promised
-    if kind is None:
+    if kind is None or (kind is JobKind.NOTICE and _is_silent(analysis)):
         return False
     session.add(
         JobRow(
@@ -176,6 +186,11 @@ def enqueue(session: Session, analysis: Analysis) -> bool:
     session.flush()
     notify(session)
     return True
+
+
+def _is_silent(analysis: Analysis) -> bool:
+    """Nobody waits for what nobody was promised: no page says that there is no result."""
+    return analysis.is_shadow or not analysis.is_applicable or analysis.reason_code == STUDY_TOO_OLD
 
 
 def notify(session: Session) -> None:

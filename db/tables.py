@@ -301,6 +301,9 @@ class ObjectRow(Base):
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     result_id: Mapped[uuid.UUID] = mapped_column(index=True)  # of a result or a notice
+    analysis_id: Mapped[int] = mapped_column(
+        ForeignKey("analyses.id", ondelete="CASCADE"), index=True
+    )
     study_id: Mapped[int] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"), index=True)
     tenant: Mapped[str]
     origin: Mapped[str]

@@ -9,32 +9,32 @@ from typing import ClassVar
 
 import structlog
 from pydicom.uid import SecondaryCaptureImageStorage
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Destination, Tenant
+from db import notices
 from db.errors import PermanentError
 from db.files import result_folder, write_durably
 from db.notices import Notice
-from db.result import Finding
+from db.queue import ClaimedJob
+from db.result import Finding, ImageRef
 from db.sandbox import Sandbox
-from db.tables import DeliveryRow, NoticeRow, ObjectRow, ResultRow, StudyRow
+from db.tables import NoticeRow, ObjectRow, ResultRow, StudyRow
+from dicom_sr import earlier
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.inputs import Inputs, Subject
 from dicom_sr.notice import build_notice
 from dicom_sr.plan import (
     MAP,
     OVERLAY,
-    REPORT,
     SERIES_STEP_BUNDLE,
     Context,
-    ReportReference,
     Variant,
     roles_of,
 )
-from dicom_sr.push import is_delivered
 from dicom_sr.times import parse_time
 
 log = structlog.get_logger()
@@ -80,20 +80,52 @@ class Assembler:
             ),
         )
 
+    def notice(self, job: ClaimedJob) -> Subject:
+        """The notice of a claimed job: stored on its first try, the same on every other.
+
+        Raises
+        ------
+        StaleAnalysis
+            If the analysis was opened again.
+        BundleUnknown, NothingStored
+        PermanentError
+            If none of the instances that were tried can be read.
+        """
+        with Session(self._engine) as session:
+            if row := notices.drawn(session, job):
+                return self.subject(session, row.id)
+            images = notices.sources(session, job)
+            study_uid = session.get_one(StudyRow, job.study_id).study_instance_uid
+        source = self._first_readable((job.tenant, job.study_id, study_uid), images)
+        with Session(self._engine) as session, session.begin():
+            return self.subject(session, notices.draw(session, job, source).id)
+
+    def _first_readable(self, study: tuple[str, int, str], images: Sequence[ImageRef]) -> ImageRef:
+        for image in images[:-1]:
+            try:
+                self._inputs.header(*study, image)
+            except PermanentError as error:
+                log.warning("notice_source_left_out", exc_code=error.code)
+            else:
+                return image
+        self._inputs.header(*study, images[-1])
+        return images[-1]
+
     def variant(
         self, session: Session, subject: Subject, tenant: Tenant, destination: Destination
     ) -> Variant:
         """What a destination gets, given what it accepted of earlier results."""
-        report, notice = accepted(session, subject, destination.name)
-        old = [report] if report else []
-        return Variant.of(destination, tenant, subject.bundle, old, notice)
+        first = Variant.of(destination, tenant, subject.bundle)
+        return earlier.over(session, subject, destination.name, first)
 
-    def plain(self, tenant: Tenant, bundle: str) -> Variant:
+    def plain(self, subject: Subject, tenant: Tenant) -> Variant:
         """For a tenant without destinations: kept, and shown on the dashboard."""
         known = (*tenant.models, *tenant.shadow)
-        index = known.index(bundle) if bundle in known else len(known)
+        index = known.index(subject.bundle) if subject.bundle in known else len(known)
         base = Variant().series_base + SERIES_STEP_BUNDLE * index
-        return Variant(series_base=base, emit_negative=tenant.emit_negative)
+        with Session(self._engine) as session:
+            old = earlier.stored(session, subject)
+        return Variant(series_base=base, emit_negative=tenant.emit_negative, earlier_result=old)
 
     def ensure(self, subject: Subject, variants: Iterable[Variant]) -> None:
         """Build and store each variant that is not there yet.
@@ -129,7 +161,8 @@ class Assembler:
             self._store(subject, variant.key, built)
 
     def _build_notice(self, subject: Subject, notice: Notice, variants: Sequence[Variant]) -> None:
-        header = self._inputs.header(subject, notice.source)
+        study = (subject.tenant, subject.study_id, subject.study_instance_uid)
+        header = self._inputs.header(*study, notice.source)
         context = self._context(subject, notice.ended_at)
         for variant in variants:
             built = build_notice(notice, header, context, variant)
@@ -197,56 +230,6 @@ def _left_out(finding: Finding, variant: Variant, built: Sequence[BuiltObject]) 
     return events
 
 
-def accepted(
-    session: Session, subject: Subject, destination: str
-) -> tuple[ReportReference | None, str]:
-    """What a destination has of this analysis: the newest earlier report, and the time of a notice
-    that is newer than any result there, or ""."""
-    number = func.coalesce(ResultRow.result_no, NoticeRow.result_no)
-    rows = session.execute(
-        select(DeliveryRow, ResultRow, NoticeRow)
-        .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
-        .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
-        .where(
-            DeliveryRow.analysis_id == subject.analysis_id,
-            DeliveryRow.destination == destination,
-            number < subject.result_no,
-        )
-        .order_by(number.desc())
-    ).all()
-    notice, has_result = "", False
-    for delivery, result, row in rows:
-        had = [uid for uid, code in delivery.statuses.items() if is_delivered(code)]
-        if had and result is not None:
-            has_result = True
-            if report := _report(session, subject, result, had):
-                return report, notice
-        elif had and not (notice or has_result):
-            notice = row.notice["ended_at"]
-    return None, notice
-
-
-def _report(
-    session: Session, subject: Subject, result: ResultRow, had: Sequence[str]
-) -> ReportReference | None:
-    report = session.scalar(
-        select(ObjectRow).where(
-            ObjectRow.result_id == result.id,
-            ObjectRow.role == REPORT,
-            ObjectRow.sop_instance_uid.in_(had),
-        )
-    )
-    if report is None:
-        return None
-    return ReportReference(
-        sop_class_uid=report.sop_class_uid,
-        sop_instance_uid=report.sop_instance_uid,
-        series_instance_uid=report.series_instance_uid,
-        study_instance_uid=subject.study_instance_uid,
-        started_at=result.finding["started_at"],
-    )
-
-
 def _sha256(built: BuiltObject) -> str:
     return hashlib.sha256(built.data).hexdigest()
 
@@ -255,6 +238,7 @@ def _row_values(subject: Subject, key: str, built: BuiltObject) -> dict[str, obj
     return {
         "id": uuid.uuid4(),
         "result_id": subject.result_id,
+        "analysis_id": subject.analysis_id,
         "study_id": subject.study_id,
         "tenant": subject.tenant,
         "origin": subject.origin,

@@ -19,6 +19,8 @@ from dicom_sr.line import Line, NoLine, TlsFiles, connect
 from dicom_sr.requestor import sole_reader
 
 MAX_PDU = 128 * 1024  # bytes
+#: A slow line, a branch's or a VPN's, is given the time that it needs.
+MIN_BYTES_PER_S = 20_000.0
 ABORTED = "association_aborted"
 NO_ECHO = "echo_refused"
 
@@ -35,7 +37,8 @@ class Peer:
     tls_name: str = ""  # in its certificate; empty: `host`
     connect_timeout_s: float = 10.0
     acse_timeout_s: float = 30.0
-    dimse_timeout_s: float = 60.0  # for the answer to one object
+    dimse_timeout_s: float = 60.0  # for the answer to one object, beside what its bytes take
+    min_bytes_per_s: float = MIN_BYTES_PER_S
     network_timeout_s: float = 60.0
 
 

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
@@ -20,7 +19,7 @@ from db.study import AnalysisEvent
 from dicom_sr.assemble import Assembler
 from dicom_sr.inputs import Subject
 from dicom_sr.lease import Lease
-from dicom_sr.recording import NEVER, record
+from dicom_sr.recording import NEVER, is_away, record
 
 log = structlog.get_logger()
 
@@ -64,7 +63,7 @@ class Builder:
             return False
         with (
             structlog.contextvars.bound_contextvars(tenant=job.tenant, job_id=job.id),
-            Lease(self._engine, partial(_renew, job)),
+            Lease(self._engine, partial(_renew, job), lease_s=LEASE_S),
         ):
             self._try(job, stop)
         return True
@@ -76,12 +75,12 @@ class Builder:
             work(job, stop)
         except NodeError as error:
             self._record_failure(job, error, stop)
-        except OperationalError:
-            record(self._engine, lambda session: queue.release(session, job), stop)
-            raise
         except Exception as error:
-            # The worker loop records it and goes on; here it is one of this job's tries.
-            self._record_failure(job, BuildCrashed(type(error).__name__), stop)
+            if is_away(error):
+                record(self._engine, lambda session: queue.release(session, job), stop)
+            else:
+                # The worker loop records it and goes on; here it is one of this job's tries.
+                self._record_failure(job, BuildCrashed(type(error).__name__), stop)
             raise
 
     def _build(self, job: queue.ClaimedJob, stop: Stop) -> None:
@@ -117,8 +116,7 @@ class Builder:
             if wait > dt.timedelta(0):
                 queue.put_off(session, job, wait)
                 return
-        with Session(self._engine) as session, session.begin():
-            subject = self._assembler.subject(session, notices.draw(session, job).id)
+        subject = self._assembler.notice(job)
         pairs = _pairs(owed, self._ensure(subject, owed, is_shadow=False))
 
         def conclude(session: Session) -> None:
@@ -145,7 +143,7 @@ class Builder:
             variants = [self._assembler.variant(session, subject, *pair) for pair in owed]
         tenant = self._settings.tenant(subject.tenant)
         if not variants and tenant is not None and not is_shadow:
-            self._assembler.ensure(subject, [self._assembler.plain(tenant, subject.bundle)])
+            self._assembler.ensure(subject, [self._assembler.plain(subject, tenant)])
         self._assembler.ensure(subject, variants)
         return [variant.key for variant in variants]
 

@@ -3,13 +3,13 @@
 So a destination that is dead or slow delays no other, and no build.
 """
 
+import datetime as dt
 import threading
 import time
 from collections.abc import Callable
 
 import structlog
-from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
@@ -19,6 +19,7 @@ from db.process import Stop
 from db.sandbox import Sandbox
 from dicom_sr.assemble import Assembler
 from dicom_sr.building import Builder
+from dicom_sr.recording import is_away
 from dicom_sr.sending import Sender
 
 log = structlog.get_logger()
@@ -45,6 +46,8 @@ class Deliverer:
             for tenant in settings.tenants
             for destination in tenant.destinations
         }
+        self._places = [(t.id, d.name) for t in settings.tenants for d in t.destinations]
+        self._since: dt.datetime | None = None
         self._wake = threading.Condition()
         self._n_wakes = 0
 
@@ -58,7 +61,6 @@ class Deliverer:
         for thread in threads:
             thread.start()
         attempt(self._warm, stop)
-        # Not at once: after a long outage each delivery gets its last try first.
         sweep_at = time.monotonic() + SWEEP_S
         while not stop.is_set():
             if time.monotonic() >= sweep_at:
@@ -99,7 +101,11 @@ class Deliverer:
 
     def _expire(self) -> bool:
         with Session(self._engine) as session, session.begin():
-            return dispatch.expire_next(session, self._worker)
+            # By the database's clock, and no sooner than the senders began.
+            self._since = self._since or session.scalar(select(func.now()))
+            return dispatch.expire_next(
+                session, self._worker, sent_to=self._places, since=self._since
+            )
 
     def _warm(self) -> bool:
         self._assembler.warm()
@@ -108,7 +114,7 @@ class Deliverer:
     def _send(self, sender: Sender, stop: Stop) -> None:
         while not stop.is_set():
             seen = self._n_wakes
-            if not attempt(lambda: sender.send_once(stop), stop):
+            if not attempt(lambda: sender.send_once(stop) or sender.ask_once(), stop):
                 with self._wake:
                     # Woken between looking and waiting: look again.
                     if seen == self._n_wakes and not stop.is_set():
@@ -124,9 +130,10 @@ def attempt(work: Callable[[], bool], stop: Stop) -> bool:
     """One round of a worker loop: whatever fails is recorded, and the loop goes on."""
     try:
         return work()
-    except OperationalError:
-        log.warning("database_away")
     except Exception as error:  # noqa: BLE001 - the worker loop: records and goes on
-        log.error("delivery_loop_failed", exc_type=type(error).__name__)
+        if is_away(error):
+            log.warning("database_away")
+        else:
+            log.error("delivery_loop_failed", exc_type=type(error).__name__)
     stop.wait(AWAY_S)
     return False

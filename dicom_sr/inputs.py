@@ -85,10 +85,15 @@ class Inputs:
                 self._sandbox.run(function, "/nonexistent", *args, timeout_s=READ_TIMEOUT_S)
 
     def headers(self, subject: Subject, finding: Finding) -> Mapping[int, Dataset]:
-        return {i: self.header(subject, finding.images[i]) for i in needed_images(finding)}
+        owner = (subject.tenant, subject.study_id, subject.study_instance_uid)
+        return {i: self.header(*owner, finding.images[i]) for i in needed_images(finding)}
 
-    def header(self, subject: Subject, image: ImageRef) -> Dataset:
-        path = self._source(subject, image)
+    def header(
+        self, tenant: str, study_id: int, study_instance_uid: str, image: ImageRef
+    ) -> Dataset:
+        """The header of an instance of a study; `PermanentError` if it is gone, unreadable or of
+        another study."""
+        path = self._source(tenant, study_id, image)
         _, (blob,) = self._read(
             lambda: self._sandbox.run(read_header, str(path), image.frame, timeout_s=READ_TIMEOUT_S)
         )
@@ -96,7 +101,7 @@ class Inputs:
         if left_out := unfit(header):
             log.warning("source_values_left_out", value=" ".join(left_out))
         found = (str(header.get("SOPInstanceUID", "")), str(header.get("StudyInstanceUID", "")))
-        if found != (image.sop_instance_uid, subject.study_instance_uid):
+        if found != (image.sop_instance_uid, study_instance_uid):
             raise WrongSource("a stored instance does not name the analysed image and study")
         return header
 
@@ -105,7 +110,7 @@ class Inputs:
         return {key.image: self._image(subject, finding.images[key.image]) for key in keys}
 
     def _image(self, subject: Subject, image: ImageRef) -> Floats:
-        path = self._source(subject, image)
+        path = self._source(subject.tenant, subject.study_id, image)
         index = 0 if image.frame is None else image.frame - 1
         _, (values,) = self._read(
             lambda: self._sandbox.run(
@@ -134,9 +139,8 @@ class Inputs:
                 f"a source instance killed its reader {MAX_DEATHS} times"
             ) from error
 
-    def _source(self, subject: Subject, image: ImageRef) -> Path:
-        instance_id = uuid.UUID(image.instance_id)
-        path = store_path(self._data_dir, subject.tenant, subject.study_id, instance_id)
+    def _source(self, tenant: str, study_id: int, image: ImageRef) -> Path:
+        path = store_path(self._data_dir, tenant, study_id, uuid.UUID(image.instance_id))
         if not path.is_file():
             raise InstanceGone("an analysed instance is not in the store")
         return path.resolve()  # the child runs in another folder

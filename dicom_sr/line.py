@@ -15,6 +15,8 @@ from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocke
 
 from db.reach import Unreachable
 
+PIECE = 64 * 1024  # bytes
+
 
 class NoLine(Exception):
     """No line could be made."""
@@ -140,7 +142,9 @@ class Line(AssociationSocket):
     def send(self, bytestream: bytes) -> None:
         try:
             with self._noting_a_cut():
-                self._made.sendall(bytestream)
+                # In pieces: the limit is for the whole of a call, and a PDU can be a whole object.
+                for start in range(0, len(bytestream), PIECE):
+                    self._made.sendall(bytestream[start : start + PIECE])
         except OSError:
             self.event_queue.put("Evt17")  # transport connection closed
 

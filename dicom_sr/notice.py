@@ -8,7 +8,7 @@ from db.notices import Notice
 from db.result import ModelIdentity, OutputSpec
 from dicom_sr import capture, evidence, notice_page
 from dicom_sr.build import BuiltObject, written
-from dicom_sr.plan import SUMMARY, Context, Issue, Variant
+from dicom_sr.plan import NOT_PROCESSED, NOT_SENT, SUMMARY, Context, Issue, Variant
 from dicom_sr.times import minute
 
 
@@ -36,13 +36,15 @@ class NoticePlan(Issue):
 
     @property
     def contribution(self) -> str:
+        if self.notice.has_numbers:
+            return "AI analysis of the source images; its result is not in this object"
         return "None: the AI did not process the images"
 
     @property
     def earlier_result(self) -> str:
         """When the result began that the peer still has, in words; empty where it has none."""
-        old = self.variant.predecessors
-        return minute(self.local(old[-1].started_at)) if old else ""
+        old = self.variant.earlier_result
+        return minute(self.local(old)) if old else ""
 
     @property
     def _replaced_words(self) -> str:
@@ -65,7 +67,8 @@ def build_notice(
     uid = plan.uid(SUMMARY)
     built = capture.captured(plan, header, page, SUMMARY, uid, 1, plan.output.summary_series)
     built.PatientOrientation = None  # 2C, and a page has none
-    built.DerivationDescription = "AI did not process this study; not for primary diagnosis"
+    what = "AI result not sent" if notice.has_numbers else "AI did not process this study"
+    built.DerivationDescription = f"{what}; not for primary diagnosis"
     return written(SUMMARY, 1, built)
 
 
@@ -74,9 +77,11 @@ def _said(plan: NoticePlan) -> notice_page.Said:
     return notice_page.Said(
         qualification=plan.variant.content_qualification,
         title=plan.output.title,
+        verdict=verdict(notice),
         reason=_reason(notice),
         revision=plan.revision_words,
         earlier_result=plan.earlier_result,
+        unsent_result=notice_page.UNSENT if plan.variant.has_unsent else "",
         made_by=(
             f"{plan.output.algorithm} {model.version}   weights {model.weights_sha256[:12]}   "
             f"node {plan.context.node_version}"
@@ -86,8 +91,15 @@ def _said(plan: NoticePlan) -> notice_page.Said:
     )
 
 
+def verdict(notice: Notice) -> str:
+    """What a notice says in one word."""
+    return NOT_SENT if notice.has_numbers else NOT_PROCESSED
+
+
 def _reason(notice: Notice) -> str:
     """For a radiologist: of a failure its code is enough, for whoever is called about it."""
+    if notice.has_numbers:
+        return f"The AI's result could not be prepared for sending ({notice.code})."
     if notice.is_failure:
         return f"The analysis failed for a technical reason ({notice.code})."
     return notice.reason

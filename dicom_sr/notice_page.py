@@ -1,4 +1,4 @@
-"""Draws the page that says AI NOT PROCESSED; it is given words only, none of them a patient's."""
+"""Draws the page that says why there is no AI result, of words only, none of them a patient's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from dicom_sr import words
 from dicom_sr.heat import Colour
 from dicom_sr.pages import AMBER, FAINT, INK, MARGIN, PAPER, SIDE, SOFT, font, line
 
-VERDICT = "AI NOT PROCESSED"
 ADVICE = "Read this study without AI."
 NOTHING_SAID = "The AI has neither found nor excluded anything here."
+#: Refused here, given up, overtaken, or not for this destination: the page cannot say which.
+UNSENT = (
+    "An AI result exists that was not sent here; see the Vigil dashboard or ask its administrator."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +24,11 @@ class Said:
 
     qualification: str  # RESEARCH or PRODUCT
     title: str
+    verdict: str
     reason: str
     revision: str  # empty on a first page
     earlier_result: str  # when an AI result was made that is in the study; empty: there is none
+    unsent_result: str  # that there is a newer one elsewhere; empty: there is none
     made_by: str
     ended: str
     disclaimer: str
@@ -38,22 +43,23 @@ def draw(said: Said) -> Colour:
     pen.text((SIDE / 2, 22), banner, font=font(21), fill=PAPER, anchor="mm")
     line(pen, 84, said.title, 26, SOFT)
     pen.rectangle((MARGIN, 116, MARGIN + 8, 176), fill=AMBER)
-    pen.text((MARGIN + 26, 146), VERDICT, font=font(56), fill=AMBER, anchor="lm")
+    pen.text((MARGIN + 26, 146), said.verdict, font=font(56), fill=AMBER, anchor="lm")
     line(pen, 216, said.revision, 18, AMBER)
     y = _block(pen, 300, "Why", [said.reason])
-    _block(pen, y + 40, "What to do", [ADVICE, _standing(said)])
+    _block(pen, y + 40, "What to do", [ADVICE, *_standing(said)])
     _foot(pen, said)
     return np.asarray(canvas)
 
 
-def _standing(said: Said) -> str:
+def _standing(said: Said) -> list[str]:
     """What holds now: a new attempt that failed does not undo what an older one found."""
-    if not said.earlier_result:
-        return NOTHING_SAID
-    return (
-        f"This page neither confirms nor withdraws the AI result of {said.earlier_result}:"
-        " that one holds for the images it names, and for no others."
-    )
+    sentences = [said.unsent_result] if said.unsent_result else []
+    if said.earlier_result:
+        sentences.append(
+            f"This page neither confirms nor withdraws the AI result of {said.earlier_result}:"
+            " that one holds for the images it names, and for no others."
+        )
+    return sentences or [NOTHING_SAID]
 
 
 def _block(pen: ImageDraw.ImageDraw, y: int, head: str, sentences: Sequence[str]) -> int:

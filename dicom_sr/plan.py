@@ -3,7 +3,6 @@
 import datetime as dt
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -19,6 +18,9 @@ from config.tenants import Destination, Tenant
 from db.result import Finding, ImageRef, KeyImage, LabelResult, ModelIdentity, OutputSpec
 from dicom_sr import uids
 from dicom_sr.times import minute, parse_time
+
+#: What a notice says in one word: no numbers, or none that could be sent.
+NOT_PROCESSED, NOT_SENT = "AI NOT PROCESSED", "AI RESULT NOT SENT"
 
 MANUFACTURER = "Vigil"
 MODEL_NAME = "vigil"
@@ -50,7 +52,6 @@ class ReportReference:
     sop_instance_uid: str
     series_instance_uid: str
     study_instance_uid: str
-    started_at: str  # ISO 8601 UTC, when the replaced analysis began
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,11 @@ class Variant:
     anchors_groups: bool = True  # a whole-image SCOORD in each label group, for OHIF
     content_qualification: str = "RESEARCH"
     predecessors: tuple[ReportReference, ...] = ()
-    replaced_notice: str = ""  # ISO 8601 UTC, of the notice that the peer has; none newer than it
+    # What the peer has accepted of this analysis before, in ISO 8601 UTC, and "" where nothing:
+    earlier_result: str = ""  # when its newest result began, whatever objects of it the peer has
+    replaced_notice: str = ""  # when its notice was drawn, if that is newer than any result
+    replaced_verdict: str = NOT_PROCESSED  # what that notice said
+    has_unsent: bool = False  # of a notice: there is a newer result, which the peer does not have
 
     @property
     def key(self) -> str:
@@ -80,10 +85,8 @@ class Variant:
         destination: Destination,
         tenant: Tenant,
         bundle: str,
-        predecessors: Sequence[ReportReference] = (),
-        replaced_notice: str = "",
     ) -> "Variant":
-        """What the configuration asks for."""
+        """What the configuration asks for, of a first result."""
         known = (*tenant.models, *tenant.shadow)
         index = known.index(bundle) if bundle in known else len(known)
         wanted = destination.sr_sop_class
@@ -105,8 +108,6 @@ class Variant:
             is_stacked=send.mfsc,
             anchors_groups=destination.sr_anchor_groups,
             content_qualification=destination.content_qualification,
-            predecessors=tuple(predecessors),
-            replaced_notice=replaced_notice,
         )
 
 
@@ -124,7 +125,7 @@ class Context:
     """What a result does not know of itself: whose it is, and which node speaks."""
 
     tenant: str
-    result_no: int  # 1, 2, ...: REVISION n from the second on
+    result_no: int  # 1, 2, ...: the n of REVISION n, for a peer that has an earlier one
     node_version: str
     node_serial: str
     zone: dt.tzinfo = field(default=dt.UTC)  # for sources that do not state their own
@@ -190,8 +191,8 @@ class Issue(ABC):
 
     @property
     def revision_words(self) -> str:
-        """Empty for what is issued first."""
-        if self.context.result_no == 1:
+        """Empty for the first that this peer gets; it may be the third that was issued."""
+        if not (self.variant.earlier_result or self.variant.replaced_notice):
             return ""
         words = f"REVISION {self.context.result_no}"
         replaced = self._replaced_words
@@ -199,11 +200,10 @@ class Issue(ABC):
 
     @property
     def _replaced_words(self) -> str:
-        if self.variant.replaced_notice:
-            return f"AI NOT PROCESSED of {minute(self.local(self.variant.replaced_notice))}"
-        if self.variant.predecessors:
-            return f"AI result of {minute(self.local(self.variant.predecessors[-1].started_at))}"
-        return ""
+        old = self.variant
+        if old.replaced_notice:
+            return f"{old.replaced_verdict} of {minute(self.local(old.replaced_notice))}"
+        return f"AI result of {minute(self.local(old.earlier_result))}"
 
 
 @dataclass(frozen=True)

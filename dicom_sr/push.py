@@ -14,6 +14,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 
+from db.answers import is_delivered
 from db.errors import PermanentError
 from dicom_sr.association import Entity, Peer, speaking, why_not
 from dicom_sr.line import NoLine
@@ -48,8 +49,6 @@ class Answer:
         return self.outcome in (Outcome.ACCEPTED, Outcome.WARNING)
 
 
-#: PS3.4 Table B.2-1; 0111 says that the peer has the instance already.
-WARNINGS = frozenset({0x0111, 0xB000, 0xB006, 0xB007})
 CONTEXT_REFUSED = Answer(Outcome.REFUSED, "context_refused")
 
 
@@ -58,19 +57,11 @@ def answer_for(status: int) -> Answer:
     code = f"0x{status:04X}"
     if status == 0x0000:
         return Answer(Outcome.ACCEPTED, code)
-    if status in WARNINGS or status & 0xF000 == 0xB000:
+    if is_delivered(code):
         return Answer(Outcome.WARNING, code)
     if status & 0xFF00 == 0xA700:
         return Answer(Outcome.TRANSIENT, code)
     return Answer(Outcome.REFUSED, code)
-
-
-def is_delivered(code: str) -> bool:
-    """Whether a code that was stored as an answer means that the peer has the object."""
-    try:
-        return answer_for(int(code, 16)).is_delivered
-    except ValueError:
-        return False  # a word, not a status
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +94,29 @@ class Delivery:
     error: str = ""  # why it ended early: a word, empty if it did not
 
 
+def time_limit_s(peer: Peer, size_bytes: int) -> float:
+    """How long an object may take, from its first byte to the peer's answer."""
+    return peer.dimse_timeout_s + size_bytes / peer.min_bytes_per_s
+
+
 def push(
-    peer: Peer, parcels: Sequence[Parcel], may_go_on: Callable[[], bool] = lambda: True
+    peer: Peer,
+    parcels: Sequence[Parcel],
+    may_go_on: Callable[[float], bool] = lambda _: True,
+    note: Callable[[str, Answer], None] = lambda *_: None,
 ) -> Delivery:
     """Send the parcels in order; stops early where trying on would be in vain.
 
     Of several reports (one result in several SR classes) the first whose class the peer accepts is
-    sent, and the others are not. `may_go_on` is asked before each object.
+    sent, and the others are not. `may_go_on` is asked before each object, which may take so many
+    seconds; `note` is told what the peer said of each, as it comes.
     """
     try:
         with speaking(peer, proposed(parcels)) as (association, entity):
             if not association.is_established:
                 return _not_established(association, entity, parcels)
             with sole_reader(association):
-                return _send_all(association, parcels, may_go_on)
+                return _send_all(association, peer, parcels, may_go_on, note)
     except NoLine as none:
         return Delivery({}, none.why)
 
@@ -148,18 +148,26 @@ def _not_established(
 
 
 def _send_all(
-    association: Association, parcels: Sequence[Parcel], may_go_on: Callable[[], bool]
+    association: Association,
+    peer: Peer,
+    parcels: Sequence[Parcel],
+    may_go_on: Callable[[float], bool],
+    note: Callable[[str, Answer], None],
 ) -> Delivery:
     answers: dict[str, Answer] = {}
     has_report = False
     for parcel in parcels:
         if parcel.role == REPORT and has_report:
             continue
-        if not may_go_on():
+        built = _read(association, parcel)
+        limit_s = time_limit_s(peer, _size(built))
+        if not may_go_on(limit_s):
             return Delivery(answers, STOPPED)
-        answer = _send(association, parcel)
+        answer = _send(association, built, limit_s)
         if answer is None:
             return Delivery(answers, "no_answer")
+        if answer is not CONTEXT_REFUSED:
+            note(parcel.sop_instance_uid, answer)
         if parcel.role == REPORT and answer is not CONTEXT_REFUSED:
             # The refused classes before it do not count: this one stands for the report.
             answers = {uid: old for uid, old in answers.items() if uid not in _reports(parcels)}
@@ -174,18 +182,11 @@ def _reports(parcels: Sequence[Parcel]) -> frozenset[str]:
     return frozenset(parcel.sop_instance_uid for parcel in parcels if parcel.role == REPORT)
 
 
-def _send(association: Association, parcel: Parcel) -> Answer | None:
+def _send(association: Association, built: Dataset | None, limit_s: float) -> Answer | None:
     """None where the peer gave no answer: it aborted, stalled or went away."""
-    accepted = [
-        context.transfer_syntax[0]
-        for context in association.accepted_contexts
-        if context.abstract_syntax == parcel.sop_class_uid
-    ]
-    if not accepted:
-        return CONTEXT_REFUSED
-    built = _read(parcel, accepted)
     if built is None:
         return CONTEXT_REFUSED
+    association.dimse_timeout = limit_s
     try:
         status = association.send_c_store(built)
     except (RuntimeError, ValueError):  # it ended between two objects
@@ -193,8 +194,18 @@ def _send(association: Association, parcel: Parcel) -> Answer | None:
     return answer_for(status.Status) if "Status" in status else None
 
 
-def _read(parcel: Parcel, accepted: Sequence[UID]) -> Dataset | None:
-    """The stored object; decompressed where the peer does not take it as it is (no loss: RLE)."""
+def _read(association: Association, parcel: Parcel) -> Dataset | None:
+    """The stored object; decompressed where the peer does not take it as it is (no loss: RLE).
+
+    None where the peer takes it in no way.
+    """
+    accepted = [
+        context.transfer_syntax[0]
+        for context in association.accepted_contexts
+        if context.abstract_syntax == parcel.sop_class_uid
+    ]
+    if not accepted:
+        return None
     built = pydicom.dcmread(io.BytesIO(parcel.read()))
     syntax = built.file_meta.TransferSyntaxUID
     if not syntax.is_compressed or syntax in accepted:
@@ -203,3 +214,9 @@ def _read(parcel: Parcel, accepted: Sequence[UID]) -> Dataset | None:
         return None
     built.decompress(generate_instance_uid=False)
     return built
+
+
+def _size(built: Dataset | None) -> int:
+    """About how many bytes go over the line; the rest of an object is small."""
+    keywords = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+    return sum(len(built.get(keyword) or b"") for keyword in keywords) if built else 0

@@ -1,41 +1,56 @@
 """Stored objects to one destination: what the outbox owes it, the same bytes each time."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar
 
 import structlog
 from sqlalchemy import Engine, select, union
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session, aliased
 
 from config.settings import Settings
 from config.tenants import Destination, Tenant
-from db import claims, dispatch
+from db import claims, dispatch, reach
+from db.answers import is_delivered, is_due
 from db.claims import ClaimedDelivery
 from db.describe import describe
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
 from db.identity import is_same_patient
+from db.notices import Notice
 from db.process import Stop
 from db.sandbox import Sandbox
 from db.tables import DeliveryRow, NoticeRow, ObjectRow, ResultRow, StudyRow
 from dicom_sr.assemble import Assembler
-from dicom_sr.association import peer_of
+from dicom_sr.association import echo, peer_of
 from dicom_sr.inputs import READ_TIMEOUT_S, Subject
 from dicom_sr.lease import Lease
 from dicom_sr.plan import REPORT
-from dicom_sr.push import Answer, Delivery, Outcome, Parcel, is_delivered, push
-from dicom_sr.recording import NEVER, record
+from dicom_sr.push import STOPPED, Answer, Delivery, Outcome, Parcel, push
+from dicom_sr.recording import NEVER, is_away, record
 
 log = structlog.get_logger()
 
 OTHER_PATIENT = "study_changed"
+#: After the last object: the release, the hanging up, the writing down.
+ENDING_S = 120.0
+
+
+#: So often a destination that is away is asked whether it is back.
+ASK_S = 30.0
 
 
 class SendingCrashed(TransientError):
     """Sending raised what it should not: a bug, tried again until the delivery expires."""
 
     code: ClassVar[str] = "sending_crashed"
+
+
+class ResultGone(PermanentError):
+    """Nothing is known of the result or notice that is owed: its row was deleted."""
+
+    code: ClassVar[str] = "result_gone"
 
 
 class Sender:
@@ -58,6 +73,7 @@ class Sender:
         self._tenant = tenant
         self._destination = destination
         self._peer = peer_of(tenant, destination, settings.scp)
+        self._ask_at = 0.0  # monotonic
 
     def send_once(self, stop: Stop = NEVER) -> bool:
         """Send what is due next; False where nothing is.
@@ -73,10 +89,31 @@ class Sender:
             tenant=tenant, destination=destination, delivery_id=delivery.id
         ):
             try:
-                with Lease(self._engine, partial(claims.renew, delivery=delivery)) as lease:
+                renew = partial(claims.renew, delivery=delivery)
+                with Lease(self._engine, renew, lease_s=claims.LEASE_S) as lease:
                     self._try(delivery, lease, stop)
             except StaleAnalysis:
                 log.warning("delivery_taken_over")
+        return True
+
+    def ask_once(self) -> bool:
+        """Whether the destination, away so far, answers a C-ECHO: then what waits may go.
+
+        The back-off spares it our objects; an echo every half minute is no burden, and it must not
+        be back for a quarter of an hour before a result reaches it.
+        """
+        tenant, destination = self._tenant.id, self._destination.name
+        if time.monotonic() < self._ask_at:
+            return False
+        self._ask_at = time.monotonic() + ASK_S
+        with Session(self._engine) as session:
+            if not reach.is_missed(session, tenant, destination):
+                return False
+        if echo(self._peer):
+            return False
+        with Session(self._engine) as session, session.begin():
+            reach.is_back(session, tenant, destination)
+        log.info("destination_is_back", tenant=tenant, destination=destination)
         return True
 
     def _try(self, delivery: ClaimedDelivery, lease: Lease, stop: Stop) -> None:
@@ -87,19 +124,18 @@ class Sender:
             raise
         except NodeError as error:
             self._not_prepared(delivery, error, stop)
-        except OperationalError:
-            self._record(lambda session: dispatch.release(session, delivery), stop)
-            raise
         except Exception as error:
-            # The worker loop records it and goes on; here it is one of this delivery's tries, so
-            # that it waits longer each time and ends, while the others go their way.
-            self._not_prepared(delivery, SendingCrashed(type(error).__name__), stop)
+            if is_away(error):
+                self._record(lambda session: dispatch.release(session, delivery), stop)
+            else:
+                # The worker loop records it and goes on; here it is one of this delivery's tries,
+                # so that it waits longer each time and ends, while the others go their way.
+                self._not_prepared(delivery, SendingCrashed(type(error).__name__), stop)
             raise
 
     def _deliver(self, delivery: ClaimedDelivery, lease: Lease, stop: Stop) -> None:
-        with Session(self._engine) as session:
-            subject = self._assembler.subject(session, delivery.result_id)
-        if not delivery.statuses:
+        subject = self._subject(delivery)
+        if not any(map(is_delivered, delivery.statuses.values())):
             delivery = self._up_to_date(delivery, subject)
         with Session(self._engine) as session:
             parcels = self._parcels(session, delivery, subject)
@@ -112,9 +148,43 @@ class Sender:
                 lambda session: dispatch.withhold(session, delivery, error_code=OTHER_PATIENT), stop
             )
             log.error("delivery_withheld", reason_code=OTHER_PATIENT)
-        else:
-            sent = push(self._peer, parcels, lease.is_held) if parcels else Delivery({})
+        elif not self._is_over(delivery):
+            sent = self._push(delivery, parcels, lease, stop) if parcels else Delivery({})
             self._conclude(delivery, sent, stop)
+
+    def _subject(self, delivery: ClaimedDelivery) -> Subject:
+        try:
+            with Session(self._engine) as session:
+                return self._assembler.subject(session, delivery.result_id)
+        except NoResultFound:
+            raise ResultGone("what is owed has no row any more") from None
+
+    def _is_over(self, delivery: ClaimedDelivery) -> bool:
+        """Whether it is a notice of what is being analysed anew: nobody is to get it."""
+        with Session(self._engine) as session, session.begin():
+            return dispatch.drop_if_over(session, delivery)
+
+    def _push(
+        self, delivery: ClaimedDelivery, parcels: Sequence[Parcel], lease: Lease, stop: Stop
+    ) -> Delivery:
+        def may_go_on(limit_s: float) -> bool:
+            lease.allow(limit_s + ENDING_S)
+            return lease.is_held() and not stop.is_set()
+
+        return push(self._peer, parcels, may_go_on, partial(self._note, delivery))
+
+    def _note(self, delivery: ClaimedDelivery, uid: str, answer: Answer) -> None:
+        """At once, so that nothing is forgotten if this process dies in mid-send.
+
+        Where the database is away, it is written down at the end.
+        """
+        try:
+            with Session(self._engine) as session, session.begin():
+                claims.note(session, delivery, {uid: answer.code})
+        except DBAPIError as error:
+            if not is_away(error):
+                raise
+            log.warning("database_away", exc_type=type(error).__name__)
 
     def _up_to_date(self, delivery: ClaimedDelivery, subject: Subject) -> ClaimedDelivery:
         """Before anything is sent: name as replaced what the destination has accepted by now.
@@ -138,22 +208,29 @@ class Sender:
             if is_late is None:
                 return delivery
             variant = self._assembler.variant(session, subject, self._tenant, self._destination)
-        self._assembler.ensure(subject, [variant])
+        try:
+            self._assembler.ensure(subject, [variant])
+        except PermanentError as error:
+            if isinstance(subject.content, Notice):
+                raise  # the stored page may deny a result that the destination has by now
+            log.warning("delivery_not_brought_up_to_date", exc_code=error.code)
+            return delivery  # a finding that names no predecessor is better than none
         with Session(self._engine) as session, session.begin():
             return dispatch.revise(session, delivery, variant.key)
 
     def _parcels(
         self, session: Session, delivery: ClaimedDelivery, subject: Subject
     ) -> tuple[Parcel, ...]:
-        """The objects that the destination does not have yet, in sending order."""
+        """The objects that the destination lacks, or gets again, in sending order."""
         had = {uid for uid, code in delivery.statuses.items() if is_delivered(code)}
+        due = {uid for uid in had if is_due(delivery.statuses[uid])}
         rows = session.scalars(
             select(ObjectRow)
             .where(ObjectRow.result_id == delivery.result_id, ObjectRow.variant == delivery.variant)
             .order_by(ObjectRow.seq)
         ).all()
         has_report = any(row.role == REPORT and row.sop_instance_uid in had for row in rows)
-        due = [
+        parcels = [
             Parcel(
                 role=row.role,
                 sop_class_uid=row.sop_class_uid,
@@ -163,11 +240,12 @@ class Sender:
                 sha256=row.sha256,
             )
             for row in rows
-            if row.sop_instance_uid not in had and not (row.role == REPORT and has_report)
+            if row.sop_instance_uid in due
+            or (row.sop_instance_uid not in had and not (row.role == REPORT and has_report))
         ]
-        for parcel in due:  # all or none: before the first is sent
+        for parcel in parcels:  # all or none: before the first is sent
             parcel.read()
-        return tuple(due)
+        return tuple(parcels)
 
     def _is_about(self, parcel: Parcel, study: StudyRow) -> bool:
         """Whether the object still names the patient and study that the row names now (H8)."""
@@ -179,16 +257,17 @@ class Sender:
     def _conclude(self, delivery: ClaimedDelivery, sent: Delivery, stop: Stop) -> None:
         answers = list(sent.answers.values())
         refused = [one.code for one in answers if one.outcome is Outcome.REFUSED]
-        statuses = dict(delivery.statuses)
-        statuses |= {uid: answer.code for uid, answer in sent.answers.items()}
+        codes = {uid: answer.code for uid, answer in sent.answers.items()}
 
         def conclude(session: Session) -> None:
-            if sent.error:
-                dispatch.postpone(session, delivery, statuses, error_code=sent.error)
+            if sent.error == STOPPED and stop.is_set():
+                dispatch.release(session, delivery, codes)
+            elif sent.error:
+                dispatch.postpone(session, delivery, codes, error_code=sent.error)
             elif refused:
-                dispatch.refuse(session, delivery, statuses, error_code=refused[0])
+                dispatch.refuse(session, delivery, codes, error_code=refused[0])
             else:
-                dispatch.accept(session, delivery, statuses)
+                dispatch.accept(session, delivery, codes)
 
         self._record(conclude, stop)
         outcome = sent.error or (refused[0] if refused else "delivered")
@@ -202,7 +281,7 @@ class Sender:
             if isinstance(error, PermanentError):
                 dispatch.withhold(session, delivery, error_code=error.code)
             else:
-                dispatch.postpone(session, delivery, delivery.statuses, error_code=error.code)
+                dispatch.postpone(session, delivery, {}, error_code=error.code)
 
         self._record(conclude, stop)
         log.error("delivery_not_prepared", exc_code=error.code)

@@ -21,7 +21,7 @@ from inference.bundle import Bundle
 from inference.eligibility import check_pixels
 from inference.manifest import Manifest
 from inference.predict import Prepared, prepare
-from inference.readiness import choose, headers_of
+from inference.readiness import headers_of, select_images
 from inference.volume import Decoded, NoVolume, build_volume
 
 #: An instance whose decoding kills the child this often is not read again.
@@ -79,9 +79,9 @@ class Loader:
             analysis = queue.analysis_of(session, job)
             only = analysis.analysed_ids or None
             headers = headers_of(session, job.study_id, only)
+            chosen = select_images(session, job.study_id, headers, bundle.manifest)
         if only and len(headers) < len(only):
             raise InstanceGone(f"{len(only) - len(headers)} chosen instances are not in the store")
-        chosen = choose(headers, bundle.manifest)
         if isinstance(chosen, Eligibility):
             return chosen
         made = prepare_images(self._images(job, chosen.instance_ids, headers), bundle)

@@ -112,7 +112,8 @@ class Readiness:
             soon = func.now() + dt.timedelta(seconds=STORING_S)
             self._look_again(session, row, soon)
             return
-        verdict = select_images(session, study.id, self._manifests[row.bundle])
+        headers = headers_of(session, study.id)
+        verdict = select_images(session, study.id, headers, self._manifests[row.bundle])
         analysis = studies.load(session, row.id)
         has_waited = self._has_waited(session, study, tenant)
         deadline = study.last_instance_at + dt.timedelta(seconds=tenant.max_wait_s)
@@ -152,7 +153,7 @@ class Readiness:
         """Queue a series that is whole, or has had its time. Says whether to look again."""
         digest = studies.analysed_digest(chosen.instance_ids)
         if analysis.state is not AnalysisState.WAITING:
-            if digest == analysis.analysed_sha256:
+            if digest == analysis.analysed_sha256 and not _is_belied(analysis, chosen):
                 return False  # a dose report, a bone series: nothing is issued again
             analysis = studies.move(session, analysis, AnalysisEvent.INPUTS_CHANGED)
         if not (chosen.is_complete or has_waited):
@@ -183,9 +184,14 @@ class Readiness:
         session.execute(update(AnalysisRow).where(AnalysisRow.id == row.id).values(judge_at=at))
 
 
-def select_images(session: Session, study_id: int, manifest: Manifest) -> Selection | Eligibility:
-    """What a bundle would analyse of a study as it is now."""
-    chosen = choose(headers_of(session, study_id), manifest)
+def select_images(
+    session: Session, study_id: int, headers: Mapping[str, InstanceHeader], manifest: Manifest
+) -> Selection | Eligibility:
+    """What a bundle analyses of a study, or of those instances of it that were chosen before.
+
+    headers : as `headers_of`
+    """
+    chosen = _choose(headers, manifest)
     if isinstance(chosen, Selection) and (n := _cut_off(session, study_id, chosen)):
         # It may have been the first or the last image, whose loss leaves no hole.
         words = f"{n} of the series' images came cut off"
@@ -193,7 +199,7 @@ def select_images(session: Session, study_id: int, manifest: Manifest) -> Select
     return chosen
 
 
-def choose(headers: Mapping[str, InstanceHeader], manifest: Manifest) -> Selection | Eligibility:
+def _choose(headers: Mapping[str, InstanceHeader], manifest: Manifest) -> Selection | Eligibility:
     """As `eligibility.judge`, whatever the headers hold."""
     try:
         return judge(headers, manifest)
@@ -204,19 +210,29 @@ def choose(headers: Mapping[str, InstanceHeader], manifest: Manifest) -> Selecti
         return Eligibility("judging_failed", type(error).__name__, "plausible values", reason)
 
 
+def _is_belied(analysis: studies.Analysis, chosen: Selection) -> bool:
+    """Whether COMPLETE is said, or about to be, of a series of which another image came cut off.
+
+    Once: whatever is queued then is partial.
+    """
+    says = analysis.result_no > 0 or analysis.state is AnalysisState.QUEUED
+    return says and not analysis.is_partial and not chosen.is_complete
+
+
 def _cut_off(session: Session, study_id: int, chosen: Selection) -> int:
-    """Images of the series that are set aside because they came cut off, and not whole since."""
-    study = session.get_one(StudyRow, study_id)
+    """Images of the series that are set aside because they came cut off, and not whole since.
+
+    Only those that intake has found to be this study's: anybody can send a file that says so.
+    """
     has_come = exists().where(
         InstanceRow.study_id == study_id,
         InstanceRow.sop_instance_uid == QuarantineRow.sop_instance_uid,
     )
     query = select(func.count(QuarantineRow.sop_instance_uid.distinct())).where(
-        QuarantineRow.tenant == study.tenant,
-        QuarantineRow.origin == study.origin,
-        QuarantineRow.study_instance_uid == study.study_instance_uid,
+        QuarantineRow.study_id == study_id,
         QuarantineRow.series_instance_uid.in_(chosen.series_instance_uids),
         QuarantineRow.code == CutOff.code,
+        QuarantineRow.state == "OPEN",
         ~has_come,
     )
     return session.scalar(query) or 0

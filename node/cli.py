@@ -43,8 +43,21 @@ app.add_typer(administration.users, name="users", rich_help_panel=ADMIN)
 app.add_typer(administration.database, name="db", rich_help_panel=ADMIN)
 app.add_typer(administration.models, name="models", rich_help_panel=MODELS)
 
+
+def _not_blank(text: str) -> str:
+    """An empty shell variable must not select the studies that have no accession number."""
+    if not text.strip():
+        raise typer.BadParameter("must not be blank")
+    return text
+
+
 StudyName = Annotated[
-    str, typer.Argument(metavar="STUDY", help="Accession number, study UID or page id.")
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="Accession number, patient ID, any UID or page id; of one study only.",
+        callback=_not_blank,
+    ),
 ]
 
 
@@ -185,7 +198,10 @@ def status(as_json: AsJson = False, config: Config = None) -> None:
 @app.command(rich_help_panel=STUDIES)
 def where(
     text: Annotated[
-        str, typer.Argument(metavar="TEXT", help="Accession number, patient ID or any UID.")
+        str,
+        typer.Argument(
+            metavar="TEXT", help="Accession number, patient ID or any UID.", callback=_not_blank
+        ),
     ],
     tenant: TenantOption = "",
     as_json: AsJson = False,

@@ -64,4 +64,4 @@ def show(found: list[dict[str, Any]], console: Console) -> None:
             entry["id"], entry["tenant"], entry["at"][:19], entry["reason"], holds, entry["sender"]
         )
     console.print(table)
-    console.print("`vigil quarantine discard ID`: the first stays, and its study goes on.")
+    console.print("`vigil quarantine discard ID`: it stays out, and its study goes on.")

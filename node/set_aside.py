@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from db.describe import describe
-from db.errors import NodeError
+from db.errors import CutOff, NodeError
 from db.files import quarantine_path
 from db.sandbox import Sandbox
 from db.tables import QuarantineRow, StudyRow
@@ -83,7 +83,8 @@ def _header(sandbox: Sandbox, settings: Settings, row: QuarantineRow) -> dict[st
     if row.code == _DEADLY or not path.exists():
         return {}
     try:
-        value, _ = sandbox.run(describe, str(path.resolve()), timeout_s=_READ_S)
+        is_cut = row.code == CutOff.code
+        value, _ = sandbox.run(describe, str(path.resolve()), is_cut, timeout_s=_READ_S)
     except NodeError:
         return {}
     header, patient = value["header"], value["patient"]

@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
+from db import notices
 from db.heartbeat import GONE_S
 from db.job import JobState, Lane
 from db.outbox import OPEN
@@ -30,6 +31,8 @@ from db.tables import (
 ALARMS_SINCE = dt.timedelta(hours=24)
 #: So long after its end a process is still worth a line; then only its absence says anything.
 RECENTLY = dt.timedelta(minutes=5)
+#: Without them a study stops on its way; what each does, in words.
+STAGES = {"scp": "takes studies in", "inference": "judges them", "deliver": "sends results"}
 
 
 def status(session: Session, settings: Settings) -> dict[str, Any]:
@@ -43,7 +46,10 @@ def status(session: Session, settings: Settings) -> dict[str, Any]:
         ),
         "alarms_24h": _alarms(session),
         "senders": _senders(session),
-        "processes": _processes(session),
+        "processes": (processes := _processes(session)),
+        "stages_missing": sorted(
+            STAGES.keys() - {one["stage"] for one in processes if one["is_alive"]}
+        ),
         "disk": _disk(settings.node.data_dir, settings.node.min_free_mb),
         "spooled_files": _spooled(settings.node.data_dir),
     }
@@ -68,7 +74,10 @@ def show(value: dict[str, Any], console: Console) -> None:
     )
     for delivery in value["deliveries"]:
         words = f"{delivery['waiting']} waiting, oldest {_age(delivery['oldest_s'])}"
-        trouble = f"  [red]{delivery['last_error']}[/]" if delivery["failures"] else ""
+        trouble = ""
+        if delivery["failures"]:
+            again = _age(delivery["retry_s"])
+            trouble = f"  [red]{delivery['last_error']}[/], asked again within {again}"
         console.print(
             f"Deliveries   {delivery['tenant']}/{delivery['destination']}: {words}{trouble}"
         )
@@ -80,6 +89,8 @@ def show(value: dict[str, Any], console: Console) -> None:
     for process in value["processes"]:
         gone = "" if process["is_alive"] else "  [red]gone[/]"
         console.print(f"Process      {process['name']}: seen {_age(process['seen_s'])} ago{gone}")
+    for stage in value["stages_missing"]:
+        console.print(f"Process      [red]none of `{stage}` runs: nothing {STAGES[stage]}[/]")
     disk = value["disk"]
     colour = "red" if disk["is_low"] else "default"
     console.print(
@@ -119,9 +130,9 @@ def _queue(session: Session) -> dict[str, Any]:
             JobRow.state,
             JobRow.lane,
             func.count(),
-            func.max(func.extract("epoch", func.now() - JobRow.created_at)),
+            func.max(func.extract("epoch", func.now() - notices.due_since())),
         )
-        .where(is_open)
+        .where(is_open, ~notices.is_put_off())
         .group_by(JobRow.state, JobRow.lane)
     ).all()
     lanes: dict[str, int] = {}
@@ -143,6 +154,7 @@ def _deliveries(session: Session) -> list[dict[str, Any]]:
             DestinationRow.name,
             DestinationRow.failures,
             DestinationRow.last_error,
+            func.extract("epoch", func.greatest(DestinationRow.retry_at, func.now()) - func.now()),
             func.count(DeliveryRow.id),
             func.max(func.extract("epoch", func.now() - DeliveryRow.created_at)),
         )
@@ -163,8 +175,9 @@ def _deliveries(session: Session) -> list[dict[str, Any]]:
             "oldest_s": _seconds(age),
             "failures": failures,
             "last_error": error,
+            "retry_s": _seconds(retry),
         }
-        for tenant, name, failures, error, n, age in rows
+        for tenant, name, failures, error, retry, n, age in rows
     ]
 
 

@@ -328,7 +328,7 @@ def _offer_set_up_link(settings: Settings, stages: Sequence[Stage]) -> None:
     with opened(settings) as engine, Session(engine) as session, session.begin():
         link = first_link(session, f"http://{pages[0]}")
     if link:
-        _say(f"first start: set the administrator's password at {link}")
+        _say(f"no password is set yet: set the administrator's password at {link}")
 
 
 def _say(line: str) -> None:

@@ -1,20 +1,25 @@
 """`vigil where`: where is my study? Its timeline, found by whatever the caller has in hand."""
 
+import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from sqlalchemy import or_, select
+from rich.table import Column, Table
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from db.errors import PermanentError
+from db.outbox import DeliveryState
+from db.study import AnalysisState
 from db.tables import (
     AnalysisRow,
     DeliveryRow,
+    DestinationRow,
     EventRow,
     InstanceRow,
+    NoticeRow,
     QuarantineRow,
     ResultRow,
     StudyRow,
@@ -22,12 +27,25 @@ from db.tables import (
 from node import set_aside
 
 MAX_STUDIES = 20
+ENDED_WITHOUT_RESULT = (AnalysisState.NOT_ANALYSED, AnalysisState.FAILED)
 
 
 class UnknownStudy(PermanentError):
     """Nothing here goes by that name."""
 
     code = "unknown_study"
+
+
+class UnknownTenant(PermanentError):
+    """The configuration has no such tenant."""
+
+    code = "unknown_tenant"
+
+
+class AmbiguousStudy(PermanentError):
+    """Several studies go by that name, where one is meant."""
+
+    code = "ambiguous_study"
 
 
 def search(
@@ -39,7 +57,12 @@ def search(
     ------
     UnknownStudy
         If there is nothing.
+    PermanentError
+        If there is no such tenant.
     """
+    if tenant and settings.tenant(tenant) is None:
+        known = ", ".join(one.id for one in settings.tenants)
+        raise UnknownTenant(f"no tenant {tenant!r} in the configuration; there are: {known}")
     rows = _matching(session, text, tenant)
     told = [story(session, study) for study in rows]
     wanted = text.strip()
@@ -92,12 +115,15 @@ def find_one(session: Session, text: str, tenant: str = "") -> StudyRow:
     Raises
     ------
     UnknownStudy
-        If there is none, or more than one.
+        If there is none.
+    AmbiguousStudy
+        If there is more than one.
     """
     found = find(session, text, tenant)
     if len(found) > 1:
-        raise UnknownStudy(
-            f"{len(found)} studies go by that name: say which by its UID, and by --tenant"
+        each = "".join(f"\n  --tenant {one.tenant}  {one.public_id}" for one in found)
+        raise AmbiguousStudy(
+            f"{len(found)} studies go by that name: give one's id, or --tenant{each}"
         )
     return found[0]
 
@@ -152,20 +178,13 @@ def _show(story: dict[str, Any], console: Console) -> None:
     )
     console.print(f"study {story['study_instance_uid'] or '-'}", highlight=False)
     for analysis in story["analyses"]:
-        result = analysis["result"]
-        words = analysis["reason"] or (
-            f"{result['urgency']}, result {result['result_no']}" if result else ""
-        )
         console.print(
-            f"{analysis['bundle']}: [bold]{analysis['state']}[/]  {words}", highlight=False
+            f"{analysis['bundle']}: [bold]{analysis['state']}[/]  {_said(analysis)}",
+            highlight=False,
         )
         for delivery in analysis["deliveries"]:
-            console.print(
-                f"  to {delivery['destination']}: {delivery['state']}, {delivery['attempts']} tries"
-                f"  {delivery['error']}",
-                highlight=False,
-            )
-    table = Table("when (UTC)", "what", "detail", box=None, pad_edge=False)
+            console.print(_delivered(delivery), highlight=False)
+    table = Table("when (UTC)", "what", Column("detail", overflow="fold"), box=None, pad_edge=False)
     for event in story["events"]:
         rest = {k: v for k, v in event.items() if k not in ("at", "event", "is_alarm")}
         colour = "red" if event["is_alarm"] else "default"
@@ -187,14 +206,35 @@ def _show(story: dict[str, Any], console: Console) -> None:
         console.print("No study of it is here; to decide: `vigil quarantine list`.")
 
 
+def _said(analysis: dict[str, Any]) -> str:
+    """What an analysis came to, in words."""
+    result = analysis["result"]
+    if analysis["state"] in ENDED_WITHOUT_RESULT or result is None:
+        return str(analysis["reason"])
+    partial = ", PARTIAL" if analysis["is_partial"] else ""
+    return f"{result['urgency']}{partial}, result {result['result_no']}"
+
+
+def _delivered(delivery: dict[str, Any]) -> str:
+    what = f"{delivery['what']} {delivery['result_no']}"
+    words = f"  {what} to {delivery['destination']}: {delivery['state']}"
+    if delivery["finished_at"]:
+        words += f" {_minute(delivery['finished_at'])}"
+    words += f", {len(delivery['statuses'])} objects, {delivery['attempts']} tries"
+    if delivery["error"]:
+        words += f", [red]{delivery['error']}[/]"
+    return words + (f"; {delivery['waits_for']}" if delivery["waits_for"] else "")
+
+
+def _minute(at: str) -> str:
+    return at[:16].replace("T", " ")
+
+
 def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
     result = session.scalar(
         select(ResultRow).where(
             ResultRow.analysis_id == row.id, ResultRow.result_no == row.result_no
         )
-    )
-    deliveries = session.scalars(
-        select(DeliveryRow).where(DeliveryRow.analysis_id == row.id).order_by(DeliveryRow.id)
     )
     return {
         "bundle": row.bundle,
@@ -212,14 +252,48 @@ def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
             "probability": result.probability,
             "at": result.at.isoformat(),
         },
-        "deliveries": [
-            {
-                "destination": d.destination,
-                "state": d.state,
-                "attempts": d.attempts,
-                "error": d.error_code,
-                "statuses": d.statuses,
-            }
-            for d in deliveries
-        ],
+        "deliveries": _deliveries(session, row),
     }
+
+
+def _deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
+    """What went to whom, in order; what waits, and for what."""
+    query = (
+        select(DeliveryRow, ResultRow.result_no, NoticeRow.result_no, DestinationRow, StudyRow)
+        .join(StudyRow, StudyRow.id == DeliveryRow.study_id)
+        .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
+        .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
+        .outerjoin(
+            DestinationRow,
+            and_(
+                DestinationRow.tenant == DeliveryRow.tenant,
+                DestinationRow.name == DeliveryRow.destination,
+            ),
+        )
+        .where(DeliveryRow.analysis_id == row.id)
+        .order_by(DeliveryRow.id)
+    )
+    return [
+        {
+            "what": "result" if result_no else "notice",
+            "result_no": result_no or notice_no,
+            "destination": d.destination,
+            "state": d.state,
+            "attempts": d.attempts,
+            "error": d.error_code,
+            "statuses": d.statuses,
+            "finished_at": d.finished_at and d.finished_at.isoformat(),
+            "waits_for": _waits_for(d, to, study) if d.state == DeliveryState.WAITING else "",
+        }
+        for d, result_no, notice_no, to, study in session.execute(query)
+    ]
+
+
+def _waits_for(delivery: DeliveryRow, to: DestinationRow | None, study: StudyRow) -> str:
+    if study.is_held:
+        return "held: an identity conflict is open"
+    next_at = max(delivery.run_after, to.retry_at) if to else delivery.run_after
+    if next_at <= dt.datetime.now(dt.UTC):
+        return ""
+    why = f" ({to.last_error})" if to and to.failures and to.last_error else ""
+    return f"next try {_minute(next_at.isoformat())} UTC{why}"

@@ -17,13 +17,23 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Destination, Tenant
-from db import queue, results, studies
+from db import claims, outbox, queue, results, studies
+from db.claims import ClaimedDelivery
 from db.files import result_folder, store_path, write_durably
 from db.job import JobKind
+from db.notices import Notice
 from db.result import Finding
 from db.sandbox import Sandbox
-from db.study import AnalysisEvent
-from db.tables import AnalysisRow, DeliveryRow, DestinationRow, EventRow, ObjectRow, StudyRow
+from db.study import AnalysisEvent, AnalysisState
+from db.tables import (
+    AnalysisRow,
+    DeliveryRow,
+    DestinationRow,
+    EventRow,
+    NoticeRow,
+    ObjectRow,
+    StudyRow,
+)
 from dicom_sr.deliver import Deliverer
 from tests.builders import ct_series
 from tests.findings import make_finding, make_maps
@@ -112,6 +122,44 @@ class Node:
             results.store_finding(session, job, finding, analysed(finding))
         return uuid.UUID(finding.result_uuid)
 
+    def revised(self, analysis_id: int) -> uuid.UUID:
+        """A newer result of the same analysis."""
+        self.move(analysis_id, AnalysisEvent.RERUN)
+        return self.found(analysis_id)
+
+    def builds(self) -> None:
+        builder = self.deliverer._builder
+        while builder.build_once():
+            pass
+
+    def given_up(self, analysis_id: int, *destinations: Destination) -> uuid.UUID:
+        """A run that failed, and its notice, owed but without an object."""
+        if self.state(analysis_id) != AnalysisState.QUEUED:
+            self.move(analysis_id, AnalysisEvent.RERUN)
+        self.move(analysis_id, AnalysisEvent.GAVE_UP)
+        finding = make_finding(ct_series())
+        notice = Notice(
+            notice_uuid=str(uuid.uuid4()), ended_at="2026-01-01T00:00:00+00:00",
+            model=finding.model, output=finding.output, source=finding.images[0],
+            is_failure=True, code="gave_up", reason="made up",
+        )  # fmt: skip
+        with Session(self.engine) as session, session.begin():
+            analysis = studies.load(session, analysis_id)
+            row = NoticeRow(
+                id=uuid.UUID(notice.notice_uuid), analysis_id=analysis_id,
+                study_id=analysis.study_id, tenant="north", origin="dicom", bundle=analysis.bundle,
+                result_no=results.next_no(session, analysis), notice=notice.to_json(),
+                analysis_version=analysis.row_version,
+            )  # fmt: skip
+            session.add(row)
+            session.flush()
+            outbox.enqueue(session, analysis, row.id, [(one, "") for one in destinations])
+        return uuid.UUID(notice.notice_uuid)
+
+    def claim(self, name: str = "pacs", worker: str = "w") -> ClaimedDelivery | None:
+        with Session(self.engine) as session, session.begin():
+            return claims.claim_due(session, "north", name, worker)
+
     def keep_maps(self, finding: Finding) -> None:
         file = io.BytesIO()
         maps = make_maps(finding)
@@ -155,13 +203,13 @@ class Node:
 
 
 @contextmanager
-def running(deliverer: Deliverer) -> Iterator[None]:
-    """The stage as `vigil deliver` runs it, in a thread of the test."""
+def running(deliverer: Deliverer) -> Iterator[threading.Event]:
+    """The stage as `vigil deliver` runs it, in a thread of the test; what tells it to stop."""
     stop = threading.Event()
     thread = threading.Thread(target=deliverer.run, args=(stop,))
     thread.start()
     try:
-        yield
+        yield stop
     finally:
         stop.set()
         thread.join(60)

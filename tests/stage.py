@@ -1,5 +1,6 @@
 """A node's stages run by hand: reception without a network, intake, readiness, inference."""
 
+import datetime as dt
 import io
 import threading
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from db.intake import Intake
 from db.meta import Provenance
 from db.sandbox import Sandbox
 from db.spool import Spool
-from db.tables import AnalysisRow
+from db.tables import AnalysisRow, StudyRow
 from inference.device import Device
 from inference.readiness import Readiness
 from inference.scheduler import Scheduler
@@ -39,9 +40,8 @@ class Stages:
 
     def __init__(self, engine: Engine, settings: Settings, bundle: Path, **tenant: object) -> None:
         name = bundle.name
-        owner = Tenant(
-            id="north", ae_titles=("NORTH_AI",), models=(name,), quiet_period_s=60.0, **tenant
-        )
+        tenant = {"quiet_period_s": 60.0, **tenant}
+        owner = Tenant(id="north", ae_titles=("NORTH_AI",), models=(name,), **tenant)
         self.settings = settings.model_copy(
             update={
                 "tenants": (owner,),
@@ -60,8 +60,13 @@ class Stages:
             engine, self.settings, served, Device(torch.device("cpu"), 8), "test", threading.Event()
         )
 
-    def receive(self, datasets: Iterable[Dataset], *, lost_bytes: int = 0) -> None:
-        """Spool and take in, as if a scanner had sent them, each without its last bytes."""
+    def receive(
+        self, datasets: Iterable[Dataset], *, lost_bytes: int = 0, uid: str | None = None
+    ) -> None:
+        """Spool and take in, as if a scanner had sent them, each without its last bytes.
+
+        uid : the SOP Instance UID of the command, where that is not the data set's
+        """
         for dataset in datasets:
             source = Provenance(
                 tenant="north",
@@ -69,7 +74,7 @@ class Stages:
                 called_ae="NORTH_AI",
                 received_at="2026-01-01T00:00:00+00:00",
                 sop_class_uid=dataset.SOPClassUID,
-                sop_instance_uid=dataset.SOPInstanceUID,
+                sop_instance_uid=dataset.SOPInstanceUID if uid is None else uid,
                 transfer_syntax_uid=dataset.file_meta.TransferSyntaxUID,
             )
             body = encoded(dataset)
@@ -77,6 +82,12 @@ class Stages:
         folder = self.settings.node.data_dir / "spool" / "test"
         while self.intake.take(folder):
             pass
+
+    def pass_max_wait(self) -> None:
+        """As if nothing had arrived for ten minutes, which the tenant waits by default."""
+        with Session(self.engine) as session, session.begin():
+            long_ago = func.now() - dt.timedelta(seconds=601)
+            session.execute(update(StudyRow).values(last_instance_at=long_ago))
 
     def pass_quiet_period(self) -> None:
         """As if nothing had arrived for long enough."""

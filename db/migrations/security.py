@@ -9,8 +9,8 @@ Row-level security is enabled, not forced, so that the owner's migrations work.
 
 #: Tables whose rows belong to a tenant and an origin.
 BY_ORIGIN = (
-    "studies", "instances", "quarantine", "analyses", "results", "notices", "jobs", "objects",
-    "deliveries", "events", "requests",
+    "studies", "instances", "quarantine", "analyses", "results", "jobs", "objects", "deliveries",
+    "events", "requests",
 )  # fmt: skip
 #: Tables whose rows belong to a tenant as a whole: nothing for uploaders.
 BY_TENANT = ("returned", "destinations", "senders")

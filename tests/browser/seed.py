@@ -252,8 +252,8 @@ def _result(
     (folder / f"{uid}.dcm").write_bytes(b"\0" * 128 + b"DICM")
     session.add(
         ObjectRow(
-            id=uuid.uuid4(), result_id=result_id, study_id=row.id, tenant=row.tenant,
-            origin=row.origin, variant="", role="sr", seq=1, sop_class_uid="1.2",
+            id=uuid.uuid4(), result_id=result_id, analysis_id=analysis.id, study_id=row.id,
+            tenant=row.tenant, origin=row.origin, variant="", role="sr", seq=1, sop_class_uid="1.2",
             sop_instance_uid=uid, series_instance_uid="2.25.9", transfer_syntax_uid="1.2",
             sha256="", size_bytes=132,
         )

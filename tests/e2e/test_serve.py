@@ -201,7 +201,7 @@ def test_serve_answers_echo_when_ready_and_stops_its_database(node_config, tmp_p
 
     log = (tmp_path / "log").read_text()
     assert (answer, status) == ("", 0)
-    assert "first start: set the administrator's password at http://127.0.0.1:" in log
+    assert "no password is set yet: set the administrator's password at http://127.0.0.1:" in log
     assert not embedded.is_running(tmp_path / "var")
 
 

@@ -4,12 +4,13 @@ import hashlib
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, select, text, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from config.settings import ScpSettings, Settings
@@ -543,6 +544,86 @@ def test_what_the_pacs_has_is_written_down_though_the_database_was_away(node, pa
     assert node.state(analysis_id) == AnalysisState.DELIVERED
     assert len(node.delivery(result_id).statuses) == 6
     assert len(pacs.received) == 6
+
+
+def reads_only(connection, cursor) -> None:
+    """A failover: the server that answers is a standby."""
+    cursor.execute("SET TRANSACTION READ ONLY")
+
+
+def closed(connection, cursor) -> None:
+    connection.connection.driver_connection.close()
+
+
+@contextmanager
+def fails_once(engine: Engine, part: str, fail: Callable) -> Iterator[list[str]]:
+    """Let the next statement with `part` fail as the database itself would."""
+    failed: list[str] = []
+
+    def listen(connection, cursor, statement, *_rest) -> None:
+        if part in statement and not failed:
+            failed.append(statement)
+            fail(connection, cursor)
+
+    event.listen(engine, "before_cursor_execute", listen)
+    try:
+        yield failed
+    finally:
+        event.remove(engine, "before_cursor_execute", listen)
+
+
+@pytest.mark.parametrize("fail", [reads_only, closed])
+def test_what_the_pacs_has_is_written_down_though_the_database_failed_over(node, pacs, fail):
+    node.sends_to(destination(pacs.port))
+    analysis_id = node.study()
+    node.found(analysis_id)
+    assert node.deliverer._builder.build_once()
+
+    with fails_once(node.engine, "finished_at=now()", fail) as failed:
+        node.deliverer.run_once()
+
+    assert failed
+    assert node.state(analysis_id) == AnalysisState.DELIVERED
+    assert len(pacs.received) == 6
+
+
+@pytest.mark.parametrize("fail", [reads_only, closed])
+def test_an_answer_that_cannot_be_noted_at_once_is_written_down_at_the_end(node, pacs, fail):
+    node.sends_to(destination(pacs.port))
+    analysis_id = node.study()
+    result_id = node.found(analysis_id)
+    assert node.deliverer._builder.build_once()
+
+    with fails_once(node.engine, "SET statuses=", fail) as failed:
+        node.deliverer.run_once()
+
+    assert failed
+    assert len(node.delivery(result_id).statuses) == 6
+    assert len(pacs.received) == 6
+
+
+def test_a_database_that_fails_while_a_delivery_is_prepared_is_none_of_its_tries(node, pacs):
+    node.sends_to(destination(pacs.port))
+    result_id = node.found(node.study())
+    assert node.deliverer._builder.build_once()
+
+    with fails_once(node.engine, "FROM objects", closed), pytest.raises(DBAPIError):
+        node.deliverer.run_once()
+
+    row = node.delivery(result_id)
+    assert (row.state, row.attempts, row.lease_until) == ("WAITING", 0, None)
+
+
+def test_a_database_that_fails_while_objects_are_built_is_none_of_the_jobs_tries(node, pacs):
+    node.sends_to(destination(pacs.port))
+    node.found(node.study())
+
+    with fails_once(node.engine, "FROM objects", closed), pytest.raises(DBAPIError):
+        node.deliverer.run_once()
+
+    with Session(node.engine) as session:
+        job = session.scalars(select(JobRow).where(JobRow.kind == JobKind.BUILD)).one()
+        assert (job.state, job.attempts, job.error_code) == ("TODO", 0, "")
 
 
 def test_what_was_built_is_written_down_though_the_database_was_away(node, pacs):

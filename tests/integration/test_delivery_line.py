@@ -365,3 +365,49 @@ port = {pacs.port}
     assert (secure.grade, plain.grade) == (doctor.Grade.GOOD, doctor.Grade.BAD)
     assert "answers C-ECHO" in secure.found
     assert "association aborted" in plain.found
+
+
+def test_a_large_object_gets_through_a_slow_line(tmp_path):
+    """In one PDU, and longer on its way than an answer or a write may take."""
+    dataset = ct_series()[0]
+    dataset.Rows = dataset.Columns = 2048
+    dataset.PixelData = np.zeros((2048, 2048), np.uint16).tobytes()
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    huge = parcel(tmp_path, dataset)
+
+    with Pacs() as pacs, slow(pacs.port, bytes_per_s=2_000_000) as port:
+        limits = {"dimse_timeout_s": 1.0, "network_timeout_s": 1.0, "min_bytes_per_s": 1_000_000.0}
+        started = time.monotonic()
+        sent = push(peer(port, None, **limits), [huge])
+        took = time.monotonic() - started
+
+    assert (sent.error, len(sent.answers), len(pacs.received)) == ("", 1, 1)
+    assert took > 2
+
+
+@contextmanager
+def slow(port: int, *, bytes_per_s: int) -> Iterator[int]:
+    """Passes everything on to `port`, no faster than that, and holds little back."""
+
+    def pass_on(source: socket.socket, sink: socket.socket, rate: float) -> None:
+        while data := source.recv(16384):
+            time.sleep(len(data) / rate)
+            sink.sendall(data)
+
+    def serve() -> None:
+        caller, _ = server.accept()
+        with caller, socket.create_connection(("127.0.0.1", port)) as callee:
+            back = threading.Thread(target=pass_on, args=(callee, caller, 1e9))
+            back.start()
+            pass_on(caller, callee, bytes_per_s)
+            callee.shutdown(socket.SHUT_WR)
+            back.join()
+
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield server.getsockname()[1]
+        thread.join(20)

@@ -1,6 +1,5 @@
 """Spool to finding: the real intake, readiness, loader and scheduler, with small bundles."""
 
-import datetime as dt
 import hashlib
 
 import numpy as np
@@ -12,7 +11,7 @@ from sqlalchemy.orm import Session
 from db import operator
 from db.job import MAX_ATTEMPTS
 from db.result import Finding
-from db.tables import AnalysisRow, EventRow, InstanceRow, JobRow, ResultRow, StudyRow
+from db.tables import AnalysisRow, EventRow, InstanceRow, JobRow, QuarantineRow, ResultRow
 from inference.serving import load_served, pick_device
 from tests.bundles.make import make_bundle
 from tests.bundles.sources import head_series, radiograph
@@ -78,9 +77,7 @@ def test_a_series_with_a_hole_waits_and_is_then_partial(stages):
 
     stages.judge()
     assert analysis(stages).state == "WAITING"
-    with Session(stages.engine) as session, session.begin():
-        long_ago = func.now() - dt.timedelta(seconds=601)
-        session.execute(update(StudyRow).values(last_instance_at=long_ago))
+    stages.pass_max_wait()
     stages.judge()
     stages.infer()
 
@@ -99,9 +96,7 @@ def test_an_end_image_that_came_cut_off_is_missed_though_it_leaves_no_hole(stage
 
     stages.judge()
     assert analysis(stages).state == "WAITING"
-    with Session(stages.engine) as session, session.begin():
-        long_ago = func.now() - dt.timedelta(seconds=601)
-        session.execute(update(StudyRow).values(last_instance_at=long_ago))
+    stages.pass_max_wait()
     stages.judge()
     assert (analysis(stages).state, analysis(stages).is_partial) == ("QUEUED", True)
     stages.infer()
@@ -110,6 +105,125 @@ def test_an_end_image_that_came_cut_off_is_missed_though_it_leaves_no_hole(stage
     stages.receive([last])  # sent again, whole
     stages.judge()
     assert (analysis(stages).state, analysis(stages).is_partial) == ("QUEUED", False)
+
+
+def test_a_rerun_does_not_forget_an_image_that_came_cut_off(stages):
+    *most, last = patient(head_series())
+    stages.receive(most)
+    stages.receive([last], lost_bytes=100)
+    stages.pass_max_wait()
+    stages.judge()
+    stages.infer()
+
+    rerun(stages)
+    stages.infer()
+
+    assert partial(stages) == [True, True]
+    assert analysis(stages).is_partial
+
+
+@pytest.mark.parametrize("is_analysed", [True, False])
+def test_an_image_that_comes_cut_off_after_the_series_was_judged_reopens_it_once(
+    stages, is_analysed
+):
+    *most, last = patient(head_series())
+    stages.receive(most)
+    stages.judge()
+    if is_analysed:
+        stages.infer()
+
+    stages.receive([last], lost_bytes=100)
+    assert analysis(stages).judge_at is not None
+    stages.judge()
+    assert analysis(stages).state == "WAITING"
+    stages.pass_max_wait()
+    stages.judge()
+    stages.infer()
+    for _ in range(2):  # again; and another object of the study
+        stages.receive([last], lost_bytes=100)
+        stages.receive(patient(head_series(n=2, SeriesInstanceUID="1.2.3.99", SeriesNumber=9)))
+        stages.judge()
+        stages.infer()
+
+    assert partial(stages) == [False, True][not is_analysed :]
+    assert analysis(stages).state == "FOUND"
+
+    stages.receive([last])  # whole at last
+    stages.judge()
+    stages.infer()
+    assert partial(stages)[-1] is False
+    assert len(partial(stages)) == 2 + is_analysed
+
+
+def test_an_image_that_comes_cut_off_while_the_series_is_analysed_is_not_forgotten(stages):
+    *most, last = patient(head_series())
+    stages.receive(most)
+    stages.judge()
+    stages.infer()
+    rerun(stages)
+    stages.scheduler.step()  # claimed, and soon loaded, as it was
+
+    stages.receive([last], lost_bytes=100)
+    stages.infer()
+    stages.judge()
+    stages.pass_max_wait()
+    stages.judge()
+    stages.infer()
+
+    assert analysis(stages).is_partial
+    assert partial(stages)[-1]
+
+
+def stranger(image):
+    image.PatientID, image.PatientName = "P2", "ROE^RICHARD"
+    return image
+
+
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_another_patients_cut_off_image_makes_no_study_partial(stages, n_before):
+    *most, last = patient(head_series())
+    stages.receive(most[:n_before])
+    stages.receive([stranger(last)], lost_bytes=100)
+    stages.receive(most[n_before:])
+
+    stages.judge()
+
+    assert (analysis(stages).state, analysis(stages).is_partial) == ("QUEUED", False)
+
+
+@pytest.mark.parametrize("uid", ["", "1.2.3.4.5"])
+@pytest.mark.parametrize("is_cut_first", [True, False])
+def test_a_cut_off_image_sent_under_another_uid_is_not_missed_for_ever(stages, uid, is_cut_first):
+    *most, last = patient(head_series())
+    for part in (True, False) if is_cut_first else (False, True):
+        if part:
+            stages.receive([last], lost_bytes=100, uid=uid)
+        else:
+            stages.receive(most)
+
+    stages.judge()
+
+    assert (analysis(stages).state, analysis(stages).is_partial) == ("QUEUED", False)
+
+
+def test_a_cut_off_image_that_an_operator_discards_is_no_more_missed(stages):
+    *most, last = patient(head_series())
+    stages.receive(most)
+    stages.receive([last], lost_bytes=100)
+    stages.judge()
+    assert analysis(stages).state == "WAITING"
+
+    with Session(stages.engine) as session, session.begin():
+        row = session.scalars(select(QuarantineRow)).one()
+        operator.discard(session, row.id, actor="test")
+    while stages.readiness.sweep_once():
+        pass
+
+    assert (analysis(stages).state, analysis(stages).is_partial) == ("QUEUED", False)
+    stages.infer()
+    rerun(stages)
+    stages.infer()
+    assert partial(stages) == [False, False]
 
 
 def test_late_slices_reopen_and_a_second_result_is_issued(stages):
@@ -173,8 +287,7 @@ def test_an_operator_may_run_it_again(stages):
     stages.judge()
     stages.infer()
 
-    with Session(stages.engine) as session, session.begin():
-        operator.rerun(session, analysis(stages).id, actor="test")
+    rerun(stages)
     stages.infer()
 
     first, second = results(stages)
@@ -321,6 +434,15 @@ def test_altered_weights_are_refused_and_the_other_bundle_serves(tmp_path):
 
     assert list(served) == ["head"]
     assert [(one.name, one.code) for one in refused] == [("chest", "weights_hash")]
+
+
+def rerun(stages: Stages) -> None:
+    with Session(stages.engine) as session, session.begin():
+        operator.rerun(session, analysis(stages).id, actor="test")
+
+
+def partial(stages: Stages) -> list[bool]:
+    return [Finding.from_json(row.finding).is_partial for row in results(stages)]
 
 
 def patient(datasets):

@@ -23,13 +23,14 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from config.tenants import Sender, Tenant
+from db import cut_off, operator
 from db import intake as intake_module
 from db.drain import Drain
 from db.intake import Intake
 from db.meta import Provenance
 from db.refusals import Refused, note
 from db.sandbox import Sandbox
-from db.spool import Spool, scan
+from db.spool import Spool, read_provenance, scan
 from db.tables import (
     AnalysisRow,
     AuditRow,
@@ -480,6 +481,96 @@ def test_h20_a_cut_off_image_is_named_beside_its_study_and_holds_nothing(node):
     assert [row.study_id for row in events].count(study.id) == 1
 
 
+def cut(node, image, **more):
+    key = node.keep(image, encoded(image)[:-100], **more)
+    node.drain()
+    return key
+
+
+def linked(node):
+    return {row.id: row.study_id is not None for row in node.all(QuarantineRow)}
+
+
+def test_h20_a_cut_off_image_finds_its_study_once_that_is_there(node):
+    first, lost, strange, mistaken, other_tenants = ct_series(slices=5)
+    its = cut(node, lost)
+    others = {
+        cut(node, *other_patient([strange])),
+        cut(node, mistaken, sop_instance_uid="1.2.3"),
+        cut(node, other_tenants, tenant="south"),
+        cut(node, other_tenants, origin="user:1"),
+    }
+    assert not any(linked(node).values())
+
+    another = {"StudyInstanceUID": generate_uid(), "SOPInstanceUID": generate_uid()}
+    node.file(*changed([first], **another))
+    assert not any(linked(node).values())
+    node.file(first)
+
+    assert linked(node) == {its: True} | dict.fromkeys(others, False)
+    assert node.all(StudyRow)[1].n_instances == 1
+
+
+def test_h20_a_cut_off_image_finds_its_study_after_a_restart_and_when_its_file_comes_late(node):
+    first, lost = ct_series(slices=2)
+    its = cut(node, lost)
+    (path,) = node.files("quarantine")
+    path.rename(path.with_suffix(".away"))  # another intake has not linked it yet
+    node.file(first)
+    assert linked(node) == {its: False}
+    path.with_suffix(".away").rename(path)
+    with Session(node.engine) as session, session.begin():
+        session.scalars(select(AnalysisRow)).one().judge_at = None
+
+    again = Intake(node.engine, node.settings, node.sandbox)
+    node.receive(first)  # a duplicate
+    again.take(node.box.folder)
+    again.close()
+
+    assert linked(node) == {its: True}
+    assert node.one(AnalysisRow).judge_at is not None
+
+
+def test_h20_a_cut_off_image_that_was_discarded_finds_no_study(node):
+    first, lost = ct_series(slices=2)
+    its = cut(node, lost)
+    with Session(node.engine) as session, session.begin():
+        operator.discard(session, its, actor="test")
+
+    node.file(first)
+
+    assert linked(node) == {its: False}
+
+
+def test_h20_one_strange_cut_off_file_is_read_no_more_than_once_for_a_study(node, monkeypatch):
+    first, lost, *more = ct_series(slices=4)
+    cut(node, *other_patient([lost]))
+    read = []
+    monkeypatch.setattr(
+        cut_off, "read_provenance", lambda path: read.append(path) or read_provenance(path)
+    )
+
+    for image in (first, *more):
+        node.file(image)
+
+    assert len(read) == 1
+
+
+def test_h20_a_cut_off_image_has_its_study_judged_again_unless_that_is_too_old(node):
+    first, lost = ct_series(slices=2)
+    aged = changed(ct_series(slices=2), StudyDate="20200101", StudyInstanceUID=generate_uid())
+    node.file(first)
+    node.file(aged[0], tenant="old")
+    with Session(node.engine) as session, session.begin():
+        session.execute(AnalysisRow.__table__.update().values(judge_at=None))
+
+    cut(node, lost)
+    cut(node, aged[1], tenant="old")
+
+    looks = {row.tenant: row.judge_at is not None for row in node.all(AnalysisRow)}
+    assert looks == {"north": True, "old": False}
+
+
 def test_h10_h20_a_malformed_uid_of_a_command_is_not_repeated_in_the_quarantine(node):
     node.keep(ct_image(), b"x", sop_instance_uid="../../etc/passwd\0x")
     node.drain()
@@ -567,6 +658,7 @@ def issued(engine, study, analysis, sop_instance_uid):
             ObjectRow(
                 id=uuid.uuid4(),
                 result_id=result,
+                analysis_id=analysis.id,
                 variant="",
                 role="sr",
                 seq=1,

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import ImageDraw
 from pydicom import Dataset, dcmwrite
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from config.tenants import Destination, SendFlags
+from dashboard import metrics, overview
 from db import operator, queue
-from db.job import JobKind, JobState
+from db.job import MAX_ATTEMPTS, JobKind, JobState
 from db.sandbox import Sandbox
 from db.tables import (
     AnalysisRow,
@@ -27,6 +29,7 @@ from db.tables import (
     StudyRow,
 )
 from dicom_sr.deliver import Deliverer
+from node import status
 from tests.bundles.make import make_bundle
 from tests.bundles.sources import head_series
 from tests.peers import Pacs
@@ -34,6 +37,7 @@ from tests.stage import Stages
 from tests.validators import dciodvfy
 
 SC = "1.2.840.10008.5.1.4.1.1.7"
+SR = "1.2.840.10008.5.1.4.1.1.88.34"
 AGENT = "IOMERON 300"
 
 
@@ -88,7 +92,13 @@ def make_node(engine, settings, tmp_path, pacs, sandbox):
     """Makes nodes that send notices to `pacs`, unless told otherwise."""
     made: list[Stages] = []
 
-    def make(*, max_wait_s: float = 0.001, **send: bool) -> Node:
+    def make(
+        *,
+        max_wait_s: float = 0.001,
+        others: tuple[Destination, ...] = (),
+        owner: dict[str, object] | None = None,
+        **send: bool,
+    ) -> Node:
         flags = SendFlags(**{"not_processed": True, **send})
         pacs_ = Destination(
             name="pacs", ae_title="PACS", host="127.0.0.1", port=pacs.port, send=flags
@@ -97,8 +107,10 @@ def make_node(engine, settings, tmp_path, pacs, sandbox):
             engine,
             settings,
             make_bundle(tmp_path / "head"),
-            destinations=(pacs_,),
+            destinations=(pacs_, *others),
             max_wait_s=max_wait_s,
+            quiet_period_s=min(60.0, max_wait_s),
+            **(owner or {}),
         )
         made.append(stages)
         return Node(stages, sandbox)
@@ -106,6 +118,20 @@ def make_node(engine, settings, tmp_path, pacs, sandbox):
     yield make
     for stages in made:
         stages.close()
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[str]:
+    """Every text that stands on a page."""
+    texts: list[str] = []
+    draw = ImageDraw.ImageDraw.text
+
+    def noted(self, xy, text, *args, **kwargs):
+        texts.append(text)
+        return draw(self, xy, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    return texts
 
 
 @pytest.fixture
@@ -248,8 +274,8 @@ def test_a_notice_that_was_not_sent_yet_is_dropped_when_the_study_opens_again(no
     assert list(states.values()) == ["DELIVERED"]
     assert all("AI did not" not in one.get("DerivationDescription", "") for one in pacs.received)
     report = next(one for one in pacs.received if one.Modality == "SR")
-    assert "REVISION 2" in words_of(report)
-    assert "replaces" not in words_of(report)  # nobody has what it would replace
+    assert report.SeriesNumber == 9913
+    assert "REVISION" not in words_of(report)  # nobody has an earlier one
 
 
 def test_a_notice_job_of_a_study_that_opened_again_says_nothing(node, pacs):
@@ -276,10 +302,26 @@ def test_a_retry_sends_the_same_bytes(node, pacs):
 
 def test_a_build_that_is_tried_again_is_the_same_notice(node, pacs):
     node.takes(with_contrast())
-    folder = node.stages.settings.node.data_dir
-    hidden = hide_store(folder)
-    node.deliverer.run_once()  # the instance is gone: nothing can be built
+    in_the_way = node.stages.settings.node.data_dir / "results"
+    in_the_way.write_bytes(b"")
+    node.deliverer.run_once()  # the page is drawn, and cannot be stored
     (first,) = node.rows(NoticeRow)
+    assert [(row.state, row.error_code) for row in node.rows(JobRow)] == [("TODO", "storage_error")]
+
+    in_the_way.unlink()
+    make_due(node)
+    node.deliverer.run_once()
+
+    (page,) = pacs.received
+    assert [row.id for row in node.rows(NoticeRow)] == [first.id]
+    assert [row.sop_instance_uid for row in node.rows(ObjectRow)] == [page.SOPInstanceUID]
+
+
+def test_where_no_instance_can_be_read_a_person_is_told_and_it_can_be_tried_again(node, pacs):
+    node.takes(with_contrast())
+    folder = node.stages.settings.node.data_dir
+    hidden = (folder / "store").rename(folder / "hidden")
+    node.deliverer.run_once()
     assert [row.state for row in node.rows(JobRow)] == ["FAILED"]
     assert "notice_given_up" in node.events()
     assert node.analysis().state == "NOT_ANALYSED"
@@ -289,9 +331,21 @@ def test_a_build_that_is_tried_again_is_the_same_notice(node, pacs):
         session.execute(update(JobRow).values(state=JobState.TODO))
     node.deliverer.run_once()
 
+    assert len(pacs.received) == 1
+
+
+def test_an_instance_that_is_gone_or_broken_leaves_the_patient_to_the_next(node, pacs):
+    node.takes(with_contrast())
+    gone, broken, third = stored_files(node)[:3]
+    gone.unlink()
+    broken.write_bytes(b"no DICOM")
+
+    node.deliverer.run_once()
+
     (page,) = pacs.received
-    assert [row.id for row in node.rows(NoticeRow)] == [first.id]
-    assert [row.sop_instance_uid for row in node.rows(ObjectRow)] == [page.SOPInstanceUID]
+    assert (page.PatientID, page.PatientName) == ("P1", "DOE^JANE")
+    (row,) = node.rows(NoticeRow)
+    assert row.notice["source"]["instance_id"] == third.stem
 
 
 def test_a_held_study_gets_no_page_until_it_is_decided(node, pacs):
@@ -328,6 +382,7 @@ def test_what_may_still_come_is_waited_for(make_node, pacs):
     assert pacs.received == node.rows(NoticeRow) == []
     (job,) = node.rows(JobRow)
     assert (job.kind, job.state, job.attempts) == (JobKind.NOTICE, "TODO", 0)
+    assert backlog(node) == [0, 0, 0]  # it is no work that waits
 
     with Session(node.engine) as session, session.begin():
         long_ago = func.now() - func.make_interval(0, 0, 0, 1)
@@ -355,12 +410,14 @@ def test_a_bundle_that_nobody_has_presented_is_waited_for(node, pacs):
         for row in session.scalars(select(BundleRow)):
             session.delete(row)
     node.run(with_contrast())
+    for _ in range(MAX_ATTEMPTS + 1):
+        make_due(node)
+        node.deliverer.run_once()
     (job,) = node.rows(JobRow)
-    assert (job.state, job.error_code) == ("TODO", "bundle_unknown")
+    assert (job.state, job.error_code, job.attempts) == ("TODO", "bundle_unknown", 0)
 
     node.stages.scheduler.present()
-    with Session(node.engine) as session, session.begin():
-        session.execute(update(JobRow).values(run_after=func.now()))
+    make_due(node)
     node.deliverer.run_once()
 
     assert len(pacs.received) == 1
@@ -374,6 +431,72 @@ def test_nothing_of_a_notice_is_counted_as_a_result(node, pacs):
         assert session.scalar(select(func.count()).select_from(ResultRow)) == 0
         joined = select(DeliveryRow).join(ResultRow, ResultRow.id == DeliveryRow.result_id)
         assert session.scalars(joined).all() == []
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_result_without_its_report_is_a_result_all_the_same(make_node, pacs, drawn, refused):
+    node = make_node(sr=refused)
+    pacs.answers = {SR: 0xA900}
+    node.run(plain())
+    images = [one for one in pacs.received if one.Modality == "OT"]
+    assert images
+    drawn.clear()
+    rerun(node)
+    fail(node)
+
+    node.deliverer.run_once()
+
+    page = " ".join(drawn)
+    assert "neither confirms nor withdraws the AI result of" in page
+    assert "neither found nor excluded" not in page
+
+
+def test_numbers_that_could_not_be_sent_are_not_denied(make_node, pacs, drawn):
+    node = make_node(owner={"thresholds": {"head.any": 0.001}})
+    node.takes(plain())
+    (result,) = node.rows(ResultRow)
+    assert result.is_positive
+    (maps,) = (node.stages.settings.node.data_dir / "results").rglob("maps.npz")
+    maps.unlink()
+
+    node.deliverer.run_once()  # gives the result up
+    node.deliverer.run_once()
+
+    assert (node.analysis().state, node.analysis().reason_code) == ("FAILED", "maps_gone")
+    (page,) = pacs.received
+    assert page.DerivationDescription.startswith("AI result not sent")
+    words = " ".join(drawn)
+    assert "An AI result exists that was not sent here" in words
+    for untrue in ("NOT PROCESSED", "neither found nor excluded", "REVISION"):
+        assert untrue not in words
+
+
+def test_a_destination_that_got_nothing_before_hears_of_no_revision(make_node, pacs, drawn):
+    with Pacs() as other:
+        silent = Destination(name="b", ae_title="PACS", host="127.0.0.1", port=other.port)
+        node = make_node(others=(silent,))
+        node.run(with_contrast())
+        assert (len(pacs.received), len(other.received)) == (1, 0)
+
+        node.run(plain())
+
+        (told,) = [one for one in pacs.received if one.Modality == "SR"]
+        (first,) = [one for one in other.received if one.Modality == "SR"]
+    assert "REVISION 2 - replaces AI NOT PROCESSED of" in words_of(told)
+    assert "REVISION" not in words_of(first)
+    assert told.SeriesNumber == first.SeriesNumber == 9913
+
+
+def test_an_archive_that_is_too_old_is_not_annotated(make_node, pacs):
+    node = make_node(owner={"max_study_age_days": 30})
+    old = with_contrast()
+    for image in old:
+        image.StudyDate = "20200101"
+
+    node.run(old)
+
+    assert (node.analysis().state, node.analysis().reason_code) == ("NOT_ANALYSED", "study_too_old")
+    assert node.rows(JobRow) == pacs.received == []
 
 
 def rerun(node: Node) -> None:
@@ -395,8 +518,27 @@ def words_of(report: Dataset) -> str:
     return "\n".join(e.value for e in report.iterall() if e.keyword == "TextValue")
 
 
-def hide_store(data_dir: Path) -> Path:
-    return (data_dir / "store").rename(data_dir / "hidden")
+def stored_files(node: Node) -> list[Path]:
+    """In the order in which they were received."""
+    files = {path.stem: path for path in node.stages.settings.node.data_dir.rglob("store/**/*.dcm")}
+    with Session(node.engine) as session:
+        order = select(InstanceRow.id).order_by(InstanceRow.received_at, InstanceRow.id)
+        return [files[str(one)] for one in session.scalars(order)]
+
+
+def make_due(node: Node) -> None:
+    with Session(node.engine) as session, session.begin():
+        session.execute(update(JobRow).values(run_after=func.now()))
+
+
+def backlog(node: Node) -> list[int]:
+    """How many jobs wait, by `vigil status`, by the overview and by the metrics."""
+    with Session(node.engine) as session:
+        jobs = next(one for one in metrics._numbers(session) if one.name == "vigil_jobs")
+        n_metrics = int(sum(sample.value for sample in jobs.samples))
+        found = [status._queue(session)["waiting"], overview.queue(session).n_jobs, n_metrics]
+        assert overview.queue(session).oldest_job_s is None or found[0]
+    return found
 
 
 def set_held(node: Node, is_held: bool) -> None:

@@ -3,16 +3,20 @@
 import datetime as dt
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
 from config.tenants import Destination, Tenant
-from db import claims, dispatch, operator, outbox, queue, reach, studies
+from db import aside, claims, dispatch, operator, outbox, queue, reach, studies
 from db.errors import IllegalMove, PermanentError, StaleAnalysis, TransientError
+from db.identity import Trouble
 from db.job import MAX_ATTEMPTS, JobKind, JobState
+from db.meta import Provenance
 from db.outbox import DeliveryState
+from db.spool import Spooled
 from db.study import AnalysisEvent, AnalysisState
 from db.tables import (
     AnalysisRow,
@@ -227,7 +231,7 @@ def test_a_result_is_delivered_once_every_destination_has_it(engine):
         assert state_of(engine, analysis_id)[0] == "BUILT"
         delivery = claim_delivery(engine, name)
         with Session(engine) as session, session.begin():
-            dispatch.accept(session, delivery, {"1.2": "0000"})
+            dispatch.accept(session, delivery, {"1.2": "0x0000"})
 
     assert state_of(engine, analysis_id) == ("DELIVERED", "DONE")
     assert claim_delivery(engine) is None
@@ -279,7 +283,7 @@ def test_five_refusals_end_in_part(engine):
             session.execute(update(DeliveryRow).values(run_after=func.now()))
         delivery = claim_delivery(engine)
         with Session(engine) as session, session.begin():
-            dispatch.refuse(session, delivery, {"1.2": "C000"}, error_code="refused")
+            dispatch.refuse(session, delivery, {"1.2": "0xC000"}, error_code="refused")
 
     assert state_of(engine, analysis_id)[0] == "DELIVERED_IN_PART"
 
@@ -288,7 +292,7 @@ def test_a_newer_result_drops_an_unsent_one_and_waits_for_a_part_sent_one(engine
     analysis_id = built(engine, PACS, ARCHIVE)
     part = claim_delivery(engine, "archive")
     with Session(engine) as session, session.begin():
-        dispatch.postpone(session, part, {"1.2": "0000"}, error_code="aborted")
+        dispatch.postpone(session, part, {"1.2": "0x0000"}, error_code="aborted")
         reach.answered(session, "north", "archive")
         session.execute(update(DeliveryRow).values(run_after=func.now()))
 
@@ -307,13 +311,13 @@ def test_resend_owes_the_same_objects_again(engine):
     analysis_id = built(engine, PACS)
     delivery = claim_delivery(engine)
     with Session(engine) as session, session.begin():
-        dispatch.accept(session, delivery, {"1.2": "0000"})
+        dispatch.accept(session, delivery, {"1.2": "0x0000"})
 
     with Session(engine) as session, session.begin():
         operator.resend(session, analysis_id, actor="test")
 
     again = claim_delivery(engine)
-    assert (again.id, dict(again.statuses)) == (delivery.id, {})
+    assert (again.id, dict(again.statuses)) == (delivery.id, {"1.2": "again 0x0000"})
 
 
 def test_rerun_queues_a_finished_analysis(engine):
@@ -432,6 +436,8 @@ def test_whoever_lost_the_lease_writes_nothing(engine, is_taken):
     with Session(engine) as session, session.begin():
         session.execute(update(DeliveryRow).values(lease_until=func.now()))
     with Session(engine) as session, session.begin():
+        assert claims.claim_due(session, "north", "pacs", "another") is None
+        session.execute(update(DeliveryRow).values(run_after=func.now()))
         new = claims.claim_due(session, "north", "pacs", "another")
         if not is_taken:
             dispatch.release(session, new)
@@ -445,6 +451,53 @@ def test_whoever_lost_the_lease_writes_nothing(engine, is_taken):
     with Session(engine) as session:
         row = session.scalars(select(DeliveryRow)).one()
         assert (row.state, row.statuses) == ("SENDING" if is_taken else "WAITING", {})
+
+
+def conflict(engine: Engine, path: Path) -> list[str]:
+    """A second patient comes into the study; returns what the alarm names."""
+    path.touch()
+    item = Spooled(uuid.uuid4(), "north", path)
+    trouble = Trouble("second_patient", "r", is_conflict=True)
+    with Session(engine) as session, session.begin():
+        study = session.scalars(select(StudyRow)).one()
+        aside.quarantine(session, item, Provenance(tenant="north"), trouble, study=study)
+    with Session(engine) as session:
+        (alarm,) = session.scalars(select(EventRow).where(EventRow.kind == "instance_quarantined"))
+        return [name.partition(":")[0] for name in alarm.detail["delivered_to"]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_named"),
+    [
+        ({}, False),
+        ({"1.1": "0xA700", "1.2": "context_refused"}, False),
+        ({"1.1": "0x0000", "1.2": "0xA900"}, True),
+        ({"1.1": "0xB007", "1.2": "no_answer"}, True),
+        ({"1.1": "0x0111"}, True),
+    ],
+)
+@pytest.mark.parametrize("outcome", [dispatch.postpone, dispatch.refuse])
+def test_the_alarm_of_a_conflict_names_whoever_has_a_part(
+    engine, tmp_path, outcome, answers, is_named
+):
+    built(engine, PACS, ARCHIVE)
+    with Session(engine) as session, session.begin():
+        delivery = claims.claim_due(session, "north", "pacs", "w")
+        outcome(session, delivery, answers, error_code="0xA900")
+
+    assert conflict(engine, tmp_path / "file") == ["pacs"] * is_named
+
+
+@pytest.mark.parametrize("is_sent_again", [True, False])
+def test_the_alarm_of_a_conflict_names_whoever_has_everything(engine, tmp_path, is_sent_again):
+    analysis_id = built(engine, ARCHIVE)
+    with Session(engine) as session, session.begin():
+        delivery = claims.claim_due(session, "north", "archive", "w")
+        dispatch.accept(session, delivery, {"1.1": "0x0000"})
+        if is_sent_again:
+            operator.resend(session, analysis_id, actor="test")
+
+    assert conflict(engine, tmp_path / "file") == ["archive"]
 
 
 def test_a_held_study_goes_on_once_the_last_conflict_is_discarded(engine):

@@ -37,7 +37,7 @@ def receive(here, engine):
     with Sandbox(1) as sandbox:
         intake, spool = Intake(engine, here, sandbox), Spool(here.node.data_dir, "scp-0")
 
-        def run(*datasets, tenant="north", uid=None):
+        def run(*datasets, tenant="north", uid=None, lost_bytes=0):
             for dataset in datasets:
                 body = io.BytesIO()
                 dcmwrite(body, dataset, implicit_vr=False, little_endian=True)
@@ -49,7 +49,8 @@ def receive(here, engine):
                     sop_instance_uid=uid or dataset.SOPInstanceUID,
                     transfer_syntax_uid="1.2.840.10008.1.2.1",
                 )
-                spool.keep(source, _data_set(body.getvalue()))
+                whole = _data_set(body.getvalue())
+                spool.keep(source, whole[: len(whole) - lost_bytes])
             while scan(spool.folder):
                 intake.take(spool.folder)
 
@@ -106,6 +107,17 @@ def test_what_joined_no_study_is_found_by_whatever_its_header_holds(receive, ask
 
     assert story["quarantine"][0]["code"] == "uid_mismatch"
     assert story["accession_number"] == image.AccessionNumber
+
+
+@pytest.mark.parametrize("keyword", ["AccessionNumber", "PatientID", "StudyInstanceUID"])
+def test_what_came_cut_off_is_found_by_the_header_that_is_left_of_it(receive, asked, keyword):
+    (image,) = ct_series(slices=1)
+    receive(image, lost_bytes=100)
+
+    (story,) = asked(image[keyword].value)
+
+    assert story["quarantine"][0]["code"] == "cut_off"
+    assert (story["patient_id"], story["state"]) == (image.PatientID, "QUARANTINED")
 
 
 def test_a_decided_entry_is_found_by_its_record(receive, asked, engine, here):

@@ -332,10 +332,15 @@ def test_a_revision_counts_on_in_numbers_and_words(headers):
     finding = make_finding(headers)
 
     (first,) = of_role(build(finding, headers), "summary")
-    (second,) = of_role(build(finding, headers, replace(CONTEXT, result_no=2)), "summary")
+    again = replace(CONTEXT, result_no=2)
+    (second,) = of_role(
+        build(finding, headers, again, earlier_result=finding.started_at), "summary"
+    )
+    (alone,) = of_role(build(finding, headers, again), "summary")  # this peer has nothing older
 
     assert (first.SeriesNumber, second.SeriesNumber) == (9901, 9911)
     assert not np.array_equal(first.pixel_array[216:244], second.pixel_array[216:244])
+    assert np.array_equal(first.pixel_array[216:244], alone.pixel_array[216:244])
 
 
 def test_another_kind_of_image_needs_nothing_else(headers):

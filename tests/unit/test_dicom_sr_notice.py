@@ -16,7 +16,7 @@ from db.notices import Notice
 from dicom_sr import notice_page
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.notice import build_notice
-from dicom_sr.plan import SR_CLASSES, Context, ReportReference, Variant
+from dicom_sr.plan import Context, Variant
 from tests.findings import (
     MODEL,
     OUTPUT,
@@ -59,10 +59,6 @@ def build(header: Dataset, notice: Notice | None = None, *, result_no=1, **varia
 
 def opened(built: BuiltObject) -> Dataset:
     return pydicom.dcmread(io.BytesIO(built.data))
-
-
-def old_report(header: Dataset) -> ReportReference:
-    return ReportReference(SR_CLASSES["3d"], "2.25.1", "2.25.2", header.StudyInstanceUID, EARLIER)
 
 
 @pytest.fixture
@@ -178,13 +174,46 @@ def test_a_second_notice_replaces_the_first(header, written):
 
 
 def test_a_notice_takes_nothing_back_that_a_result_said(header, written):
-    build(header, result_no=2, predecessors=(old_report(header),))
+    build(header, result_no=2, earlier_result=EARLIER)
 
     page = " ".join(written)
     assert "REVISION 2" in written
     assert "replaces" not in page
     assert "neither confirms nor withdraws the AI result of 2026-03-01 12:05 UTC" in page
     assert "neither found nor excluded" not in page
+
+
+def test_a_result_that_was_not_sent_is_neither_denied_nor_told(header, written):
+    notice = a_notice(is_failure=True, code="maps_gone", has_numbers=True)
+
+    page = opened(build(header, notice, result_no=2, has_unsent=True))
+
+    words = " ".join(written)
+    assert "AI RESULT NOT SENT" in written
+    assert "The AI's result could not be prepared for sending (maps_gone)." in words
+    assert "An AI result exists that was not sent here; see the Vigil dashboard" in words
+    assert "Read this study without AI." in words
+    for untrue in ("NOT PROCESSED", "neither found nor excluded", "REVISION"):
+        assert untrue not in words
+    assert page.DerivationDescription == "AI result not sent; not for primary diagnosis"
+    contribution = page.ContributingEquipmentSequence[0]
+    assert contribution.ContributionDescription.startswith("AI analysis of the source images")
+    assert page.SeriesNumber == 9911
+
+
+def test_beside_a_result_that_is_there_a_newer_one_may_be_missing(header, written):
+    page = opened(build(header, result_no=3, earlier_result=EARLIER, has_unsent=True)).pixel_array
+
+    words = " ".join(written)
+    assert "An AI result exists that was not sent here" in words
+    assert "neither confirms nor withdraws the AI result of 2026-03-01 12:05 UTC" in words
+    assert (page[880:930] == page[300, -1]).all()  # nothing runs into the foot
+
+
+def test_what_replaces_such_a_page_names_it_as_it_names_itself(header, written):
+    build(header, result_no=2, replaced_notice=EARLIER, replaced_verdict="AI RESULT NOT SENT")
+
+    assert "REVISION 2 - replaces AI RESULT NOT SENT of 2026-03-01 12:05 UTC" in written
 
 
 def test_a_result_after_a_notice_says_what_it_replaces(written):

@@ -10,10 +10,11 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
+from db.answers import is_delivered
 from dicom_sr.association import Peer
 from dicom_sr.build import build_objects
 from dicom_sr.plan import SR_CLASSES, Context, Variant
-from dicom_sr.push import Answer, ObjectsGone, Outcome, Parcel, answer_for, is_delivered, push
+from dicom_sr.push import Answer, ObjectsGone, Outcome, Parcel, answer_for, push
 from tests.findings import by_index, make_finding, make_maps, make_pixels, synthetic_headers
 from tests.peers import Pacs
 
@@ -225,7 +226,7 @@ def test_h34_an_abort_keeps_what_was_answered_before(parcels):
 def test_h34_a_peer_that_never_answers_is_left(parcels):
     with Pacs() as pacs:
         pacs.stalls = True
-        sent = push(peer(pacs.port, dimse_timeout_s=0.5), parcels)
+        sent = push(peer(pacs.port, dimse_timeout_s=0.5, min_bytes_per_s=1e9), parcels)
 
     assert sent.error == "no_answer"
     assert sent.answers == {}

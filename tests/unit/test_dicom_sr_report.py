@@ -24,9 +24,7 @@ from tests.findings import (
 )
 
 CONTEXT = Context("north", 1, "0.1.0", "vigil-1")
-OLD = ReportReference(
-    SR_CLASSES["3d"], "2.25.11", "2.25.12", "2.25.7000", "2026-03-01T12:00:00+00:00"
-)
+OLD = ReportReference(SR_CLASSES["3d"], "2.25.11", "2.25.12", "2.25.7000")
 
 
 def build(

@@ -42,9 +42,7 @@ def objects(tmp_path_factory) -> dict[str, Path]:
         key.image: head_ct_pixels(finding.images[key.image].sop_instance_uid)
         for key in finding.key_images
     }
-    old = ReportReference(
-        SR_CLASSES["3d"], "2.25.1", "2.25.2", headers[0].StudyInstanceUID, finding.started_at
-    )
+    old = ReportReference(SR_CLASSES["3d"], "2.25.1", "2.25.2", headers[0].StudyInstanceUID)
     second = replace(finding, is_partial=True, notes=("Steps of 4 and 7 mm in one series",))
     gappy = synthetic_headers(
         StudyID=None, AccessionNumber=None, PatientBirthDate=None, PatientSex=None,
@@ -58,7 +56,10 @@ def objects(tmp_path_factory) -> dict[str, Path]:
         "negative": (negative, headers, {}, CONTEXT, Variant()),
         "revision": (
             second, headers, pixels, replace(CONTEXT, result_no=2),
-            Variant(predecessors=(old,), is_rle=True, anchors_groups=False),
+            Variant(
+                predecessors=(old,), earlier_result=finding.started_at, is_rle=True,
+                anchors_groups=False,
+            ),
         ),
         "gaps": (over_gaps, gappy, make_pixels(over_gaps), CONTEXT, Variant()),
         "stack": (finding, headers, pixels, CONTEXT, Variant(is_stacked=True)),

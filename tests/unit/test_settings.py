@@ -115,6 +115,19 @@ def test_an_ae_title_is_what_the_standard_says(text):
     assert accepted == legal
 
 
+def test_a_wrong_ae_title_is_explained_once(tmp_path):
+    told = error_of(tmp_path, '[[tenants]]\nid = "a"\nae_titles = ["MUCH_TOO_LONG_TITLE"]\n')
+
+    assert "tenants.0.ae_titles.0: an AE title has 1 to 16 printable ASCII characters" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_quiet_period_longer_than_any_wait_is_refused(tmp_path):
+    text = '[[tenants]]\nid = "a"\nae_titles = ["A"]\nquiet_period_s = 5\nmax_wait_s = 1\n'
+
+    assert "tenant a: quiet_period_s 5 is longer than max_wait_s 1" in error_of(tmp_path, text)
+
+
 def test_a_sender_is_known_by_title_and_address():
     ct = Sender(ae_title="CT1", hosts=("10.1.0.0/16", "192.168.1.5"), lane="stat")
     tenant = Tenant(id="a", ae_titles=("A",), senders=(ct,))

@@ -257,8 +257,6 @@ def _make_tables() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("is_conflict", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("sop_instance_uid", sa.Text(), server_default="", nullable=False),
-        sa.Column("study_instance_uid", sa.Text(), server_default="", nullable=False),
-        sa.Column("series_instance_uid", sa.Text(), server_default="", nullable=False),
         sa.Column("sender", sa.Text(), server_default="", nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column(
@@ -272,9 +270,6 @@ def _make_tables() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_quarantine")),
     )
     op.create_index(op.f("ix_quarantine_study_id"), "quarantine", ["study_id"], unique=False)
-    op.create_index(
-        "ix_quarantine_said", "quarantine", ["tenant", "study_instance_uid"], unique=False
-    )
     op.create_table(
         "sessions",
         sa.Column("token_sha256", sa.Text(), nullable=False),
@@ -430,43 +425,6 @@ def _make_tables() -> None:
     )
     op.create_index(op.f("ix_results_study_id"), "results", ["study_id"], unique=False)
     op.create_table(
-        "notices",
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("analysis_id", sa.BigInteger(), nullable=False),
-        sa.Column("study_id", sa.BigInteger(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("origin", sa.Text(), nullable=False),
-        sa.Column("bundle", sa.Text(), nullable=False),
-        sa.Column("result_no", sa.Integer(), nullable=False),
-        sa.Column("analysis_version", sa.BigInteger(), nullable=False),
-        sa.Column("notice", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
-        sa.Column(
-            "at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
-        ),
-        sa.ForeignKeyConstraint(
-            ["analysis_id"],
-            ["analyses.id"],
-            name=op.f("fk_notices_analysis_id"),
-            ondelete="CASCADE",
-        ),
-        sa.ForeignKeyConstraint(
-            ["study_id"], ["studies.id"], name=op.f("fk_notices_study_id"), ondelete="CASCADE"
-        ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_notices")),
-        sa.UniqueConstraint("analysis_id", "result_no", name=op.f("uq_notices_analysis_id")),
-    )
-    op.create_index(op.f("ix_notices_study_id"), "notices", ["study_id"], unique=False)
-    op.create_table(
-        "bundles",
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("model", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
-        sa.Column("output", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
-        sa.Column(
-            "at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
-        ),
-        sa.PrimaryKeyConstraint("name", name=op.f("pk_bundles")),
-    )
-    op.create_table(
         "deliveries",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("result_id", sa.Uuid(), nullable=False),
@@ -504,6 +462,9 @@ def _make_tables() -> None:
             ondelete="CASCADE",
         ),
         sa.ForeignKeyConstraint(
+            ["result_id"], ["results.id"], name=op.f("fk_deliveries_result_id"), ondelete="CASCADE"
+        ),
+        sa.ForeignKeyConstraint(
             ["study_id"], ["studies.id"], name=op.f("fk_deliveries_study_id"), ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_deliveries")),
@@ -536,6 +497,9 @@ def _make_tables() -> None:
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column(
             "at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
+        ),
+        sa.ForeignKeyConstraint(
+            ["result_id"], ["results.id"], name=op.f("fk_objects_result_id"), ondelete="CASCADE"
         ),
         sa.ForeignKeyConstraint(
             ["study_id"], ["studies.id"], name=op.f("fk_objects_study_id"), ondelete="CASCADE"

@@ -1,0 +1,151 @@
+"""Databases of an older version: upgraded, they lose nothing and have today's schema."""
+
+import importlib
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import URL, Engine, create_engine, text
+from sqlalchemy.orm import Session
+
+from db.engine import alembic_config, engine_at, upgrade_at
+from db.tables import Base
+
+RESULT = uuid.UUID(int=1)
+#: Of tables that are no more than they were: study, analysis, result, object, delivery, quarantine.
+ROWS = (
+    "INSERT INTO studies (id, tenant, origin, study_instance_uid)"
+    " OVERRIDING SYSTEM VALUE VALUES (7, 'north', 'dicom', '1.2')",
+    "INSERT INTO analyses (id, study_id, tenant, origin, bundle)"
+    " OVERRIDING SYSTEM VALUE VALUES (8, 7, 'north', 'dicom', 'ich')",
+    "INSERT INTO results (id, analysis_id, study_id, tenant, origin, bundle, result_no, finding,"
+    f" is_positive, urgency) VALUES ('{RESULT}', 8, 7, 'north', 'dicom', 'ich', 1, '{{}}', true,"
+    " 'STAT')",
+    "INSERT INTO objects (id, result_id, study_id, tenant, origin, variant, role, seq,"
+    " sop_class_uid, sop_instance_uid, series_instance_uid, transfer_syntax_uid, sha256,"
+    f" size_bytes) VALUES ('{uuid.UUID(int=2)}', '{RESULT}', 7, 'north', 'dicom', 'v', 'sr', 1,"
+    " '1', '1.9', '1', '1', '', 1)",
+    "INSERT INTO deliveries (result_id, analysis_id, study_id, tenant, origin, destination, lane,"
+    f" expires_at) VALUES ('{RESULT}', 8, 7, 'north', 'dicom', 'pacs', 1, now())",
+    "INSERT INTO quarantine (id, tenant, origin, study_id, code, reason)"
+    f" VALUES ('{uuid.UUID(int=3)}', 'north', 'dicom', 7, 'second_patient', '')",
+)
+
+
+@pytest.fixture
+def empty(database_server: URL) -> Iterator[URL]:
+    name = f"t{uuid.uuid4().hex[:12]}"
+    server = create_engine(database_server.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f'CREATE DATABASE "{name}"'))
+    yield database_server.set(database=name)
+    with server.connect() as connection:
+        connection.execute(text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+    server.dispose()
+
+
+def run(url: URL, *statements: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+    engine.dispose()
+
+
+def upgrade_to(url: URL, revision: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        command.upgrade(alembic_config(connection), revision)
+    engine.dispose()
+
+
+def first(url: URL) -> None:
+    """As the first version made it."""
+    upgrade_to(url, "0001")
+    assert "notices" not in tables(url)
+
+
+def between(url: URL) -> None:
+    """As a version made it whose 0001 had most of 0002."""
+    first(url)
+    notices = importlib.import_module("db.migrations.versions.0002_notices")
+    made = (*notices._NOTICES, *notices._BUNDLES, *notices._QUARANTINE, *notices._OWNERS[:2])
+    run(url, *made)
+
+
+def tables(url: URL) -> set[str]:
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        found = connection.scalars(
+            text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        )
+        names = set(found)
+    engine.dispose()
+    return names
+
+
+@pytest.fixture(params=[first, between])
+def upgraded(request, empty) -> Iterator[Engine]:
+    """An older database with a few rows, upgraded; as its owner."""
+    request.param(empty)
+    run(empty, *ROWS)
+    upgrade_at(empty)
+    engine = create_engine(empty)
+    yield engine
+    engine.dispose()
+
+
+def test_the_rows_are_still_there_and_what_was_built_has_its_analysis(upgraded):
+    with Session(upgraded) as session:
+        for table in ("studies", "analyses", "results", "objects", "deliveries", "quarantine"):
+            assert session.scalar(text(f"SELECT count(*) FROM {table}")) == 1, table
+        assert session.scalar(text("SELECT analysis_id FROM objects")) == 8
+        assert session.scalar(text("SELECT study_instance_uid FROM quarantine")) == ""
+
+
+def test_the_schema_is_what_the_tables_say(upgraded):
+    with upgraded.connect() as connection:
+        difference = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+
+    assert [d for d in difference if "alembic_version" not in str(d)] == []
+
+
+def test_nothing_that_was_built_outlives_its_analysis(upgraded):
+    with Session(upgraded) as session, session.begin():
+        session.execute(text("DELETE FROM analyses"))
+        assert session.scalar(text("SELECT count(*) FROM objects")) == 0
+        assert session.scalar(text("SELECT count(*) FROM deliveries")) == 0
+
+
+def test_a_notice_is_seen_by_its_own_tenant_and_written_by_the_node_alone(upgraded):
+    node, web = engine_at(upgraded.url, "node"), engine_at(upgraded.url, "web")
+    with node.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO notices (id, analysis_id, study_id, tenant, origin, bundle, result_no,"
+                f" analysis_version, notice) VALUES ('{uuid.uuid4()}', 8, 7, 'north', 'dicom',"
+                " 'ich', 2, 1, '{}')"
+            )
+        )
+        connection.execute(text("INSERT INTO bundles VALUES ('ich', '{}', '{}', now())"))
+
+    assert seen(web, "reader", "north") == seen(web, "admin", "") == 1
+    assert seen(web, "manager", "south") == seen(web, "uploader", "north") == seen(web, "", "") == 0
+    for statement in ("DELETE FROM notices", "SELECT * FROM bundles"):
+        with web.connect() as connection, pytest.raises(Exception, match="permission denied"):
+            connection.execute(text(statement))
+    node.dispose()
+    web.dispose()
+
+
+def seen(web: Engine, role: str, tenant: str) -> int:
+    """How many notices a page shows to such a user."""
+    with web.begin() as connection:
+        for name, value in (("role", role), ("tenant", tenant), ("user", "u1")):
+            connection.execute(
+                text(f"SELECT set_config('vigil.{name}', :value, true)"), {"value": value}
+            )
+        return connection.scalar(text("SELECT count(*) FROM notices")) or 0
