@@ -60,13 +60,14 @@ def search(
     PermanentError
         If there is no such tenant.
     """
-    if tenant and settings.tenant(tenant) is None:
-        known = ", ".join(one.id for one in settings.tenants)
-        raise UnknownTenant(f"no tenant {tenant!r} in the configuration; there are: {known}")
     rows = _matching(session, text, tenant)
     told = [story(session, study) for study in rows]
     wanted = text.strip()
     told += set_aside.stories(session, settings, wanted, tenant, beside={row.id for row in rows})
+    if not told and tenant and settings.tenant(tenant) is None:
+        # Only then: one that has left the configuration still has studies.
+        known = ", ".join(one.id for one in settings.tenants)
+        raise UnknownTenant(f"no tenant {tenant!r} in the configuration; there are: {known}")
     if not told:
         raise _unknown()
     return told

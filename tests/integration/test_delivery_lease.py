@@ -153,10 +153,14 @@ def test_a_newer_result_does_not_drop_what_a_killed_sender_had_sent(node, pacs):
     with running(node.deliverer):
         assert pacs.is_stalled.wait(20)
         with Session(node.engine) as session, session.begin():
-            died = {"state": "WAITING", "worker": "", "run_after": func.now()}
+            later = func.now() + dt.timedelta(hours=1)
+            died = {"state": "WAITING", "worker": "", "run_after": later}
             session.execute(update(DeliveryRow).values(died))
-        pacs.let_go()
         newer = node.revised(analysis_id)
+        wait_until(lambda: len(states(node, older, newer)) == 2)
+        assert states(node, older, newer) == ["WAITING", "WAITING"]
+        pacs.let_go()
+        node.forget_waiting()
         wait_until(lambda: states(node, older, newer) == ["DELIVERED", "DELIVERED"])
 
     revision = [d for d in pacs.received if d.Modality == "SR"][-1]
