@@ -259,17 +259,46 @@ def train(
 
 @app.command(rich_help_panel=MODELS)
 def evaluate(
-    data: DataFolder,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", exists=True, help="manifest.csv and its pictures."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", exists=True, help="8-bit brain-window pictures."),
+    ] = None,
+    dicom: Annotated[
+        Path | None,
+        typer.Option("--dicom", metavar="DIR", exists=True, help="DICOM studies, a folder each."),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            metavar="CSV",
+            help="Columns file,label with --images; path,label with --dicom; patient if known.",
+        ),
+    ] = None,
+    window: Annotated[
+        str,
+        typer.Option("--window", metavar="C/W", help="Of --images, in HU; auto: guessed."),
+    ] = "auto",
     model: Annotated[
         str, typer.Option("--model", metavar="NAME", help="A bundle, by name or folder.")
     ] = "ich",
+    to: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write evaluation.html there, too."),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Judge a bundle as it stands on disk, with 95 % intervals over patients."""
+    from node.learning import Labelled
     from node.learning import evaluate as run
 
-    raise typer.Exit(run(model, data, seed=seed, as_json=as_json))
+    cases = Labelled(data=data, images=images, dicom=dicom, labels=labels, window=window)
+    raise typer.Exit(run(model, cases, seed=seed, to=to, as_json=as_json))
 
 
 quarantine = typer.Typer(no_args_is_help=True, help="What was set aside, and why.")

@@ -1,18 +1,34 @@
 """`vigil train` and `vigil evaluate`: the recipe of weights/recipe with a progress bar."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from node.bundles import folder_of
 from node.terminal import SUCCESS, WRONG_USAGE, complain, report
 
+if TYPE_CHECKING:  # torch is loaded only where it is needed
+    from inference.bundle import Bundle
+    from weights.recipe.cases import Source
+
 MANIFEST_OF_DATA = "manifest.csv"
-HEADLINE = ("auc", "sensitivity", "specificity", "brier", "log_loss", "slice_auc")
+HEADLINE = (
+    "auc",
+    "average_precision",
+    "sensitivity",
+    "specificity",
+    "brier",
+    "log_loss",
+    "calibration_slope",
+    "slice_auc",
+)
+SHOWN_LEFT_OUT = 10
 
 
 def train(data: Path, out: Path, *, seed: int, folds: int, as_json: bool) -> int:
@@ -27,16 +43,75 @@ def train(data: Path, out: Path, *, seed: int, folds: int, as_json: bool) -> int
     return SUCCESS
 
 
-def evaluate(model: str, data: Path, *, seed: int, as_json: bool) -> int:
-    """Figures of a bundle as it stands on disk, on labelled slices."""
-    from weights.recipe.evaluate import evaluate as run
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Where labelled cases are: one of three folders, and a table for the latter two."""
 
-    if _is_not_data(data):
+    data: Path | None = None
+    images: Path | None = None
+    dicom: Path | None = None
+    labels: Path | None = None
+    window: str = "auto"  # of `images`
+
+    def wrong(self) -> str:
+        """What is wrong with it, empty if nothing."""
+        given = [one for one in (self.data, self.images, self.dicom) if one is not None]
+        if len(given) != 1:
+            return "one of --data, --images and --dicom is needed, and only one"
+        if self.data is None and self.labels is None:
+            return "--labels names the CSV that goes with --images and --dicom"
+        if self.data is not None and self.labels is not None:
+            return "--data brings its own labels, in manifest.csv"
+        return self._wrong_window()
+
+    def _wrong_window(self) -> str:
+        from weights.recipe.pictures import parse_window
+
+        try:
+            parse_window(self.window)
+        except ValueError:
+            return f"--window {self.window!r} is neither auto nor CENTRE/WIDTH, such as 40/80"
+        return ""
+
+
+def evaluate(model: str, cases: Labelled, *, seed: int, to: Path | None, as_json: bool) -> int:
+    """Figures of a bundle as it stands on disk; with `to`, a page of them in that folder."""
+    from inference.bundle import load_bundle
+    from inference.model import load_model
+    from weights.recipe.evaluate import evaluate as run
+    from weights.recipe.page import write_page
+
+    if words := cases.wrong():
+        complain(words)
         return WRONG_USAGE
+    if cases.data is not None and _is_not_data(cases.data):
+        return WRONG_USAGE
+    bundle = load_bundle(folder_of(model))
+    network = load_model(bundle)
+    source = _source(cases, bundle)
     with _bars(is_quiet=as_json) as progress:
-        figures = run(folder_of(model), data, seed=seed, progress=progress)
+        figures, scores = run(source, bundle, network, seed=seed, progress=progress)
     report(figures, _show, as_json=as_json)
+    if to is not None:
+        path = write_page(to, figures, scores, bundle, network)
+        Console(stderr=True, highlight=False).print(f"page: {path}")
     return SUCCESS
+
+
+def _source(cases: Labelled, bundle: "Bundle") -> "Source":
+    from weights.recipe import cases as kinds
+    from weights.recipe.data import read_cohort
+    from weights.recipe.pictures import parse_window
+
+    if cases.data is not None:
+        return kinds.from_cohort(read_cohort(cases.data), bundle.manifest)
+    assert cases.labels is not None  # `wrong` has seen to it
+    if cases.images is not None:
+        return kinds.from_pictures(
+            cases.images, cases.labels, bundle.manifest, parse_window(cases.window)
+        )
+    assert cases.dicom is not None
+    return kinds.from_studies(cases.dicom, cases.labels, bundle)
 
 
 def _is_not_data(data: Path) -> bool:
@@ -47,21 +122,29 @@ def _is_not_data(data: Path) -> bool:
 
 
 def _show(figures: dict[str, Any], to: Console) -> None:
+    unit = "pictures" if figures["unit"] == "picture" else "studies"
     to.print(
         f"{figures['bundle']} {figures['version']}, label {figures['label']}: "
-        f"{figures['n']} patients, {figures['positives']} positive, {figures['n_slices']} images"
+        f"{figures['n']} {unit} of {figures['n_patients']} patients, "
+        f"{figures['positives']} positive"
     )
     for name in HEADLINE:
-        to.print(f"  {name:12} {_with_interval(figures[name])}")
-    to.print(f"[dim]trained on: {', '.join(figures['trained_on'])}; there, figures flatter[/]")
+        if name in figures:
+            to.print(f"  {name:18} {_with_interval(figures[name], figures['intervals'][name])}")
+    for note in figures["notes"]:
+        to.print(f"[dim]assumed: {escape(note)}[/]")
+    for one in figures["left_out"][:SHOWN_LEFT_OUT]:
+        to.print(f"[yellow]left out[/] {escape(one['name'])}: {escape(one['reason'])}")
+    if (more := len(figures["left_out"]) - SHOWN_LEFT_OUT) > 0:
+        to.print(f"[yellow]left out[/] and {more} more")
+    trained_on = "; ".join(map(escape, figures["trained_on"]))
+    to.print(f"[dim]trained on: {trained_on}; there, figures flatter[/]")
 
 
-def _with_interval(figure: Any) -> str:
-    if not isinstance(figure, dict):
-        return str(figure)
-    low, high = figure.get("low"), figure.get("high")
-    value = figure.get("value")
-    return f"{value}" if low is None else f"{value} ({low} to {high})"
+def _with_interval(value: float | None, ends: Sequence[float | None]) -> str:
+    if value is None:
+        return "not defined here"
+    return f"{value:.4f}" if None in ends else f"{value:.4f} ({ends[0]:.4f} to {ends[1]:.4f})"
 
 
 @contextmanager

@@ -1,61 +1,273 @@
-"""A bundle as it stands on disk, judged on labelled slices."""
+"""A bundle as it stands on disk, judged on labelled studies or pictures."""
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score
+from torch import nn
 
-from inference.bundle import load_bundle
-from inference.model import load_model, logits
+from db.errors import PermanentError
+from inference.bundle import Bundle
+from inference.model import logits
+from inference.predict import aggregate
 from weights.recipe.calibrate import apply, log_loss
-from weights.recipe.data import read_cohort
-from weights.recipe.features import Progress, seen_by_model, silent
-from weights.recipe.figures import auc, brier, share, with_interval
-from weights.recipe.nested import study_logits
+from weights.recipe.cases import Case, LeftOut, Source
+from weights.recipe.features import Progress, silent
+from weights.recipe.figures import auc, brier, calibration_slope, share, with_interval
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Rows = NDArray[np.int64]
 
 _BATCH = 32
+_SLOW_BOOTSTRAPS = 500  # each draw is a fit
+
+#: Kept for a report: so many of each kind, the clearest first.
+_SAMPLES = 3
+
+
+class NothingToJudge(PermanentError):
+    """No case came through, so there is no figure to give."""
+
+    code = "nothing_to_judge"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """A case to look at: its strongest image as the model saw it."""
+
+    name: str
+    probability: float
+    image: int
+    input: NDArray[np.float32]  # (channels, size, size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What the bundle says of each case, beside what is true; one entry a case."""
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]  # patient; cases of one are drawn together
+    truth: Bools
+    study_logit: Floats
+    probability: Floats  # calibrated, on the reference scale
+    image_logits: tuple[Floats, ...]  # (images,) of the primary label
+    image_truth: tuple[Bools | None, ...]
+    left_out: tuple[LeftOut, ...]
+    samples: dict[str, list[Sample]] = field(default_factory=dict)  # by kind of answer
+
+    def patients(self) -> list[Rows]:
+        """The places of each patient's cases."""
+        places: dict[str, list[int]] = {}
+        for place, (group, name) in enumerate(zip(self.groups, self.names, strict=True)):
+            places.setdefault(f"patient {group}" if group else f"alone {name}", []).append(place)
+        return [np.array(some) for some in places.values()]
+
+
+def score(source: Source, bundle: Bundle, model: nn.Module, progress: Progress = silent) -> Scores:
+    """Every case through the model; the same functions as a served study.
+
+    Raises
+    ------
+    NothingToJudge
+        If every case was left out.
+    """
+    scorer = _Scorer(bundle, model)
+    for number, case in enumerate(source.cases):
+        progress("evaluate", number, source.n)
+        scorer.take(case)
+    progress("evaluate", source.n, source.n)
+    return scorer.scores(source.n)
+
+
+class _Scorer:
+    """Case by case, so that only the samples' pixels stay in memory."""
+
+    def __init__(self, bundle: Bundle, model: nn.Module) -> None:
+        self._bundle, self._model = bundle, model
+        self._primary = bundle.manifest.labels[0]
+        self._done: list[tuple[str, str, bool, float, float, Floats, Bools | None]] = []
+        self._left_out: list[LeftOut] = []
+        self._samples: dict[str, list[Sample]] = {}
+
+    def take(self, case: Case | LeftOut) -> None:
+        if isinstance(case, LeftOut):
+            self._left_out.append(case)
+            return
+        starts = range(0, len(case.inputs), _BATCH)
+        parts = [logits(self._model, case.inputs[i : i + _BATCH]) for i in starts]
+        z = np.concatenate(parts)[:, 0].astype(np.float64)
+        study = aggregate(z, self._bundle.manifest.study.aggregation)
+        calibration = self._bundle.calibrations[self._primary.id]
+        p = float(apply(calibration, np.array([study]))[0])
+        self._done.append((case.name, case.group, case.truth, study, p, z, case.image_truth))
+        self._keep(case, p, z)
+
+    def scores(self, n: int) -> Scores:
+        if not self._done:
+            reason = self._left_out[0].reason if self._left_out else "the table is empty"
+            raise NothingToJudge(f"none of {n} could be judged; the first: {reason}")
+        names, groups, truth, study, p, z, image_truth = zip(*self._done, strict=True)
+        return Scores(
+            names=names,
+            groups=groups,
+            truth=np.array(truth),
+            study_logit=np.array(study),
+            probability=np.array(p),
+            image_logits=z,
+            image_truth=image_truth,
+            left_out=tuple(self._left_out),
+            samples=self._samples,
+        )
+
+    def _keep(self, case: Case, probability: float, z: Floats) -> None:
+        is_present = probability >= (self._primary.threshold or 0.5)
+        right, answer = is_present == case.truth, "positive" if is_present else "negative"
+        kind = f"{'true' if right else 'false'} {answer}"
+        top = int(z.argmax())
+        kept = self._samples.setdefault(kind, [])
+        kept.append(Sample(case.name, probability, top, case.inputs[top].copy()))
+        kept.sort(key=lambda one: one.probability, reverse=is_present)
+        del kept[_SAMPLES:]
 
 
 def evaluate(
-    bundle: Path, data: Path, *, seed: int = 0, progress: Progress = silent
-) -> dict[str, Any]:
-    """Figures of the primary label, with 95 % intervals over patients.
+    source: Source,
+    bundle: Bundle,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[dict[str, Any], Scores]:
+    """Figures of the primary label, each with a 95 % interval over patients, and what they rest on.
 
-    data : a folder laid out as `ct-ich`: manifest.csv and the pictures it names. On patients that
-    the bundle was trained on the figures flatter; `trained_on` is in the answer, to tell.
+    On patients that the bundle was trained on the figures flatter; `trained_on` is in the answer.
     """
-    served = load_bundle(bundle)
-    model, manifest, cohort = load_model(served), served.manifest, read_cohort(data)
-    primary = manifest.labels[0]
+    scores = score(source, bundle, model, progress)
+    return figures_of(scores, bundle, seed=seed) | {
+        "unit": source.unit,
+        "notes": list(source.notes),
+    }, scores
+
+
+def figures_of(scores: Scores, bundle: Bundle, *, seed: int) -> dict[str, Any]:
+    """Numbers at the top, their intervals under `intervals` by the same names."""
+    manifest, primary = bundle.manifest, bundle.manifest.labels[0]
     assert primary.threshold is not None  # the manifest has seen to it
-    groups, parts = [rows for _, rows in cohort.by_patient()], []
-    for done, rows in enumerate(groups):
-        progress("evaluate", done, len(groups))
-        inputs = seen_by_model(cohort, rows, manifest).inputs
-        parts += [logits(model, inputs[i : i + _BATCH]) for i in range(0, len(inputs), _BATCH)]
-    progress("evaluate", len(groups), len(groups))
-    slices = np.concatenate(parts)[:, 0].astype(np.float64)
-    truth = cohort.per_patient(cohort.labels)[:, 0]
-    p = apply(
-        served.calibrations[primary.id], study_logits(slices, groups, manifest.study.aggregation)
-    )
-    present = p >= primary.threshold
-    alone = [np.array([i]) for i in range(len(groups))]
-    label = cohort.labels[:, 0]
-    return {
+    found = _Figures(scores, seed)
+    made: dict[str, Any] = {
         "bundle": manifest.name,
         "version": manifest.version,
         "weights_sha256": manifest.weights_sha256,
         "trained_on": list(manifest.trained_on),
         "label": primary.id,
-        "n": len(groups),
-        "positives": int(truth.sum()),
-        "n_slices": len(slices),
+        "n": len(scores.truth),
+        "positives": int(scores.truth.sum()),
+        "n_patients": len(found.patients),
+        "n_images": sum(len(z) for z in scores.image_logits),
+        "n_left_out": len(scores.left_out),
         "threshold": primary.threshold,
-        "slice_auc": with_interval(lambda r: auc(slices[r], label[r]), groups, seed=seed),
-        "auc": with_interval(lambda r: auc(p[r], truth[r]), alone, seed=seed),
-        "sensitivity": with_interval(lambda r: share(present[r][truth[r]]), alone, seed=seed),
-        "specificity": with_interval(lambda r: share(~present[r][~truth[r]]), alone, seed=seed),
-        "brier": with_interval(lambda r: brier(p[r], truth[r]), alone, seed=seed),
-        "log_loss": with_interval(lambda r: log_loss(p[r], truth[r]), alone, seed=seed),
+        **found.values(primary.threshold),
     }
+    made["operating_points"] = {
+        point.name: {"threshold": point.threshold, **found.at(point.threshold)}
+        for point in primary.operating_points
+    }
+    made["intervals"] = found.intervals
+    made["left_out"] = [{"name": one.name, "reason": one.reason} for one in scores.left_out]
+    return made
+
+
+class _Figures:
+    """Takes figures of some scores, and keeps each one's interval."""
+
+    def __init__(self, scores: Scores, seed: int) -> None:
+        self._scores = scores
+        self._seed = seed
+        self.patients = scores.patients()
+        self.intervals: dict[str, list[float | None]] = {}
+
+    def values(self, threshold: float) -> dict[str, float | None]:
+        p, y = self._scores.probability, self._scores.truth
+        z = self._scores.study_logit
+        made = {
+            # By the raw score: the ends of the probability are clipped, and ties would cost.
+            "auc": self._take("auc", lambda r: auc(z[r], y[r])),
+            "average_precision": self._take("average_precision", lambda r: _precision(z[r], y[r])),
+            **self._shares(threshold),
+            "brier": self._take("brier", lambda r: brier(p[r], y[r])),
+            "log_loss": self._take("log_loss", lambda r: log_loss(p[r], y[r])),
+            "calibration_slope": self._take(
+                "calibration_slope", lambda r: _slope(p[r], y[r]), _SLOW_BOOTSTRAPS
+            ),
+        }
+        return made | self._by_image()
+
+    def at(self, threshold: float) -> dict[str, dict[str, float | None]]:
+        """Sensitivity and specificity with their intervals, at one operating point."""
+        p, y = self._scores.probability, self._scores.truth
+        return {
+            "sensitivity": self._figure(lambda r: share(p[r][y[r]] >= threshold)),
+            "specificity": self._figure(lambda r: share(p[r][~y[r]] < threshold)),
+        }
+
+    def _shares(self, threshold: float) -> dict[str, float | None]:
+        made = {}
+        for name, figure in self.at(threshold).items():
+            made[name] = figure["value"]
+            self.intervals[name] = [figure["low"], figure["high"]]
+        return made
+
+    def _by_image(self) -> dict[str, float | None]:
+        """The slices' AUC, where studies come with labels for each."""
+        scores = self._scores
+        labelled = [
+            (z, t)
+            for z, t in zip(scores.image_logits, scores.image_truth, strict=True)
+            if t is not None and len(t) == len(z)
+        ]
+        if len(labelled) < len(scores.truth) or all(len(z) == 1 for z, _ in labelled):
+            return {}
+        z, y = (np.concatenate(part) for part in zip(*labelled, strict=True))
+        ends = np.cumsum([len(part) for part, _ in labelled])
+        starts = ends - [len(part) for part, _ in labelled]
+        rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]
+        groups = [np.concatenate([rows[i] for i in some]) for some in self.patients]
+        figure = self._figure(lambda r: auc(z[r], y[r]), groups=groups)
+        self.intervals["slice_auc"] = [figure["low"], figure["high"]]
+        return {"slice_auc": figure["value"]}
+
+    def _take(
+        self, name: str, figure: Callable[[Rows], float], bootstraps: int = 2000
+    ) -> float | None:
+        found = self._figure(figure, bootstraps)
+        self.intervals[name] = [found["low"], found["high"]]
+        return found["value"]
+
+    def _figure(
+        self,
+        figure: Callable[[Rows], float],
+        bootstraps: int = 2000,
+        *,
+        groups: Sequence[Rows] | None = None,
+    ) -> dict[str, float | None]:
+        """JSON has no NaN: what cannot be said of this set is null."""
+        chosen = self.patients if groups is None else groups
+        found = with_interval(figure, chosen, seed=self._seed, bootstraps=bootstraps)
+        return {name: value if np.isfinite(value) else None for name, value in found.items()}
+
+
+def _precision(score: Floats, truth: Bools) -> float:
+    """Average precision; NaN where one class is missing."""
+    if not truth.any() or truth.all():
+        return float("nan")
+    return float(average_precision_score(truth, score))
+
+
+def _slope(probability: Floats, truth: Bools) -> float:
+    if not truth.any() or truth.all():
+        return float("nan")
+    return calibration_slope(probability, truth)

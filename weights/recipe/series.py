@@ -1,4 +1,4 @@
-"""A folder of DICOM images through the served path: eligibility, volume, input, logits."""
+"""DICOM studies from disk through the served path: eligibility, volume, input, logits."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from db.result import Eligibility
 from inference.bundle import Bundle
 from inference.eligibility import check_pixels, judge
 from inference.model import logits
-from inference.predict import prepare
+from inference.predict import Prepared, prepare
 from inference.volume import Decoded, build_volume
 
 # Preamble, prefix, and the element that holds the meta group's length (PS3.10 7.1).
@@ -32,17 +32,29 @@ class NotJudged(PermanentError):
 
 
 def series_logits(folder: Path, bundle: Bundle, model: nn.Module) -> NDArray[np.float32]:
-    """(images, labels) of the series the bundle chooses.
+    """(images, labels) of the series the bundle chooses; see `read_series`."""
+    return logits(model, read_series(folder, bundle).inputs)
+
+
+def read_series(path: Path, bundle: Bundle) -> Prepared:
+    """One study as the model sees it: a folder with whatever is under it, or one file.
 
     Reads in this process, without the sandbox: for files that are trusted.
 
     Raises
     ------
     NotJudged
-        With the rule, if the bundle's eligibility refuses the study.
+        With the rule, if the bundle's eligibility refuses the study; or if it holds no DICOM.
+    PermanentError
+        If an image cannot be read or decoded.
     """
-    paths = {path.stem: path for path in sorted(folder.glob("*.dcm"))}
-    headers = {name: _header(path) for name, path in paths.items()}
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    paths = {str(number): file for number, file in enumerate(files) if _is_dicom(file)}
+    if not paths:
+        raise NotJudged("no DICOM file in it")
+    headers = {name: _header(file) for name, file in paths.items()}
+    if len({header.study_instance_uid for header in headers.values()}) > 1:
+        raise NotJudged("more than one study in it")
     chosen = judge(headers, bundle.manifest)
     if isinstance(chosen, Eligibility):
         raise NotJudged(f"{chosen.rule}: {chosen.value}, allowed {chosen.limit}")
@@ -53,7 +65,15 @@ def series_logits(folder: Path, bundle: Bundle, model: nn.Module) -> NDArray[np.
     volume = build_volume(images, bundle.manifest)
     if refused := check_pixels(volume, bundle.manifest):
         raise NotJudged(f"{refused.rule}: {refused.value}, allowed {refused.limit}")
-    return logits(model, prepare(volume, bundle).inputs)
+    return prepare(volume, bundle)
+
+
+def _is_dicom(path: Path) -> bool:
+    """With a preamble and no DICOMDIR, which names files and is none."""
+    if path.name.upper() == "DICOMDIR":
+        return False
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def _header(path: Path) -> InstanceHeader:

@@ -1,0 +1,309 @@
+"""Bundles judged on pictures and DICOM from elsewhere: what is read, assumed, left out, refused."""
+
+import csv
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from inference.bundle import load_bundle
+from inference.model import load_model
+from node.cli import app
+from tests.builders import ctich_study, real_size_study
+from tests.bundles.make import make_bundle
+from weights.recipe import cases
+from weights.recipe.data import read_cohort
+from weights.recipe.evaluate import Scores, evaluate, figures_of, score
+from weights.recipe.page import write_page
+from weights.recipe.phantoms import drawn_head
+from weights.recipe.pictures import (
+    BadPicture,
+    GreyWindow,
+    guess_window,
+    head_alone,
+    parse_window,
+    read_picture,
+)
+
+DATA = Path(os.environ.get("VIGIL_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+HALF = GreyWindow(40.0, 80.0)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return load_bundle(make_bundle(tmp_path_factory.mktemp("head")))
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return load_model(bundle)
+
+
+def picture(hu, window=HALF):
+    low, high = window.range_hu
+    return np.clip((hu - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+
+
+def table(path, head, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve drawn heads of three sizes, every second one with a bright place."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    rows = []
+    for number in range(12):
+        hu = drawn_head([(0.5, 0.4, 0.1, 0.1)] if number % 2 == 0 else None)
+        image = Image.fromarray(picture(hu + rng.normal(0, 3, hu.shape)))
+        side = (128, 200, 333)[number % 3]
+        image.convert(("L", "RGB")[number % 2]).resize((side, side)).save(folder / f"{number}.png")
+        rows.append((f"{number}.png", int(number % 2 == 0), f"p{number // 3}"))
+    return folder, table(folder / "labels.csv", ("file", "label", "patient"), rows)
+
+
+def test_pictures_of_any_size_and_mode_are_judged_one_by_one(pictures, bundle, model):
+    folder, labels = pictures
+
+    source = cases.from_pictures(folder, labels, bundle.manifest, HALF)
+    figures, scores = evaluate(source, bundle, model)
+
+    assert (figures["n"], figures["positives"], figures["n_patients"]) == (12, 6, 4)
+    assert figures["unit"] == "picture"
+    assert 0 <= figures["auc"] <= 1
+    assert figures["intervals"]["auc"][0] <= figures["auc"] <= figures["intervals"]["auc"][1]
+    assert scores.names == tuple(f"{number}.png" for number in range(12))
+
+
+def test_the_figures_are_those_of_the_scores(bundle):
+    """Worked by hand: of 4 pairs of positive and negative, 3 are in order."""
+    scores = Scores(
+        names=("a", "b", "c", "d"),
+        groups=("", "", "", ""),
+        truth=np.array([True, True, False, False]),
+        study_logit=np.array([2.0, 0.0, 1.0, -1.0]),
+        probability=np.array([0.9, 0.4, 0.6, 0.1]),
+        image_logits=tuple(np.array([z]) for z in (2.0, 0.0, 1.0, -1.0)),
+        image_truth=(None,) * 4,
+        left_out=(),
+    )
+
+    figures = figures_of(scores, bundle, seed=0)
+
+    assert figures["auc"] == 0.75
+    assert figures["average_precision"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-4)
+    assert figures["brier"] == pytest.approx((0.01 + 0.36 + 0.36 + 0.01) / 4)
+    threshold = figures["threshold"]
+    assert figures["sensitivity"] == np.mean(np.array([0.9, 0.4]) >= threshold)
+    assert figures["specificity"] == np.mean(np.array([0.6, 0.1]) < threshold)
+
+
+def test_one_class_alone_gives_nulls_not_nan(pictures, bundle, model, tmp_path):
+    folder, _ = pictures
+    labels = table(tmp_path / "l.csv", ("file", "label"), [("0.png", 1), ("2.png", 1)])
+
+    figures, scores = evaluate(
+        cases.from_pictures(folder, labels, bundle.manifest, HALF), bundle, model
+    )
+
+    assert figures["auc"] is None
+    assert figures["specificity"] is None
+    json.dumps(figures, allow_nan=False)
+    assert write_page(tmp_path, figures, scores, bundle, model).is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name,label\n0.png,1\n", "no column 'file'"),
+        ("file,truth\n0.png,1\n", "no column 'label'"),
+        ("file,label\n0.png,maybe\n", "line 2: label 'maybe'"),
+        ("file,label\n0.png,\n", "line 2: label ''"),
+        ("file,label\n0.png\n", "line 2: label ''"),
+        ("file,label\n0.png,1\n0.png,0\n", "line 3: 0.png is there twice"),
+        ("file,label\n../0.png,1\n", "no name inside the folder"),
+        ("file,label\nnone.png,1\n", "1 files are not in"),
+        ("file,label\n", "no lines"),
+        ("", "no lines"),
+    ],
+)
+def test_a_wrong_table_is_refused_with_the_reason(pictures, bundle, tmp_path, text, words):
+    labels = tmp_path / "labels.csv"
+    labels.write_text(text)
+
+    with pytest.raises(cases.BadLabels, match=words):
+        cases.from_pictures(pictures[0], labels, bundle.manifest)
+
+
+def test_spreadsheets_habits_are_understood(pictures, bundle, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("﻿File, Label ,note\r\n0.png, TRUE,x\r\n1.png,0.0,y,z\r\n", encoding="utf-8")
+
+    source = cases.from_pictures(pictures[0], labels, bundle.manifest, HALF)
+
+    assert [case.truth for case in source.cases] == [True, False]
+
+
+def test_what_is_no_picture_is_left_out_by_name(pictures, bundle, model, tmp_path):
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes((pictures[0] / name).read_bytes())
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((pictures[0] / "2.png").read_bytes()[:200])
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "small.png")
+    Image.fromarray(np.zeros((99, 99), np.uint16)).save(tmp_path / "deep.png")
+    names = ("0.png", "1.png", "text.png", "cut.png", "small.png", "deep.png")
+    labels = table(tmp_path / "l.csv", ("file", "label"), [(n, i % 2) for i, n in enumerate(names)])
+
+    scores = score(cases.from_pictures(tmp_path, labels, bundle.manifest), bundle, model)
+
+    assert scores.names == ("0.png", "1.png")
+    assert {one.name for one in scores.left_out} == {"text.png", "cut.png", "small.png", "deep.png"}
+    assert "more than 8 bits" in next(x.reason for x in scores.left_out if x.name == "deep.png")
+
+
+def test_letters_beside_the_head_change_nothing(bundle):
+    grey = picture(drawn_head())
+    marked = Image.fromarray(grey)
+    ImageDraw.Draw(marked).text((3, 3), "R 5 mm", fill=255)
+    ImageDraw.Draw(marked).rectangle((0, 0, grey.shape[1] - 1, grey.shape[0] - 1), outline=255)
+
+    plain = cases.picture_inputs(grey, bundle.manifest, HALF)
+    cleaned = cases.picture_inputs(np.asarray(marked), bundle.manifest, HALF)
+
+    assert not np.array_equal(grey, np.asarray(marked))
+    np.testing.assert_array_equal(plain, cleaned)
+
+
+def test_a_picture_without_a_head_is_left_as_it_is():
+    empty = np.zeros((100, 100), np.uint8)
+
+    assert np.array_equal(head_alone(empty), empty)
+
+
+@pytest.mark.parametrize("width", [80.0, 120.0])
+def test_the_window_of_real_pictures_is_guessed(width):
+    if not (DATA / "ct-ich" / "manifest.csv").is_file():
+        pytest.skip(f"no ct-ich under {DATA}")
+    window, cohort = GreyWindow(40.0, width), read_cohort(DATA / "ct-ich")
+    some = cohort.grey(np.arange(0, len(cohort.pictures), 40)).astype(np.float32)
+    hu = some / 255 * 120 - 20
+
+    assert guess_window([picture(one, window) for one in hu]) == window
+
+
+@pytest.mark.parametrize("text", ["40", "40/0", "40/-3", "a/b", ""])
+def test_a_window_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"auto|float"):
+        parse_window(text)
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    with pytest.raises(BadPicture, match=r"nothing\.png: no such file"):
+        read_picture(tmp_path / "nothing.png")
+
+
+def write_study(datasets, folder):
+    folder.mkdir()
+    for number, dataset in enumerate(datasets):
+        dataset.save_as(folder / f"IM{number}", enforce_file_format=True)
+
+
+def test_dicom_studies_are_judged_and_refusals_named(bundle, model, tmp_path):
+    write_study(real_size_study("plain", seed=1), tmp_path / "head")
+    write_study(real_size_study("chest", seed=2), tmp_path / "chest")
+    (tmp_path / "empty").mkdir()
+    rows = [("head", 0), ("chest", 0), ("empty", 1)]
+    labels = table(tmp_path / "l.csv", ("path", "label"), rows)
+
+    figures, scores = evaluate(cases.from_studies(tmp_path, labels, bundle), bundle, model)
+
+    assert scores.names == ("head",)
+    reasons = {one["name"]: one["reason"] for one in figures["left_out"]}
+    assert reasons["empty"] == "no DICOM file in it"
+    assert "allowed" in reasons["chest"]
+
+
+def test_pictures_and_the_dicom_made_of_them_get_the_same_logits(tmp_path):
+    """Without rounding in between: RescaleSlope is the window's width over 255."""
+    served = load_bundle(Path(__file__).parents[2] / "weights" / "ich")
+    network, patient = load_model(served), 51
+    write_study(ctich_study(patient), tmp_path / "one")
+    labels = table(tmp_path / "l.csv", ("path", "label"), [("one", 1)])
+    cohort = read_cohort(DATA / "ct-ich")
+
+    of_dicom = score(cases.from_studies(tmp_path, labels, served), served, network)
+    source = cases.from_cohort(cohort, served.manifest)
+    case = next(one for one in source.cases if one.name == str(patient))
+    of_pictures = score(cases.Source(1, iter([case]), "study"), served, network)
+
+    np.testing.assert_allclose(of_dicom.image_logits[0], of_pictures.image_logits[0], atol=1e-4)
+    assert of_dicom.study_logit == pytest.approx(of_pictures.study_logit, abs=1e-4)
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.loads, self.pictures = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href") and not value.startswith(("data:", "#")):
+                self.loads.append((tag, value))
+        self.pictures += tag == "img"
+
+
+def test_the_page_stands_alone_and_escapes_names(pictures, bundle, model, tmp_path):
+    for name in ("0.png", "1.png"):
+        (tmp_path / f"<b>{name}").write_bytes((pictures[0] / name).read_bytes())
+    rows = [("<b>0.png", 1), ("<b>1.png", 0)]
+    labels = table(tmp_path / "l.csv", ("file", "label"), rows)
+    source = cases.from_pictures(tmp_path, labels, bundle.manifest, HALF)
+    figures, scores = evaluate(source, bundle, model)
+
+    text = write_page(tmp_path / "new" / "folder", figures, scores, bundle, model).read_text()
+
+    links = Links()
+    links.feed(text)
+    assert links.loads == []
+    assert links.pictures == 2
+    assert "<b>0" not in text
+    assert text.count("<svg") == 3
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_the_command_prints_one_json_document(pictures, bundle, tmp_path):
+    folder, labels = pictures
+
+    done = run("--images", folder, "--labels", labels, "--model", bundle.folder, "--json",
+               "--report", tmp_path)  # fmt: skip
+
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["n"] == 12
+    assert (tmp_path / "evaluation.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "one of --data, --images and --dicom"),
+        (["--images", ".", "--dicom", "."], "one of --data, --images and --dicom"),
+        (["--images", "."], "--labels names the CSV"),
+        (["--data", ".", "--labels", "x.csv"], "brings its own labels"),
+        (["--images", ".", "--labels", "x.csv", "--window", "wide"], "neither auto nor"),
+    ],
+)
+def test_a_wrong_combination_is_wrong_usage(given, words):
+    done = run(*given)
+
+    assert done.exit_code == 2
+    assert words in done.stderr

@@ -1,0 +1,202 @@
+"""Labelled studies and pictures, each as the served model would see it."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from db.errors import PermanentError
+from inference.bundle import Bundle
+from inference.manifest import Manifest
+from inference.volume import volume_from_pictures
+from inference.window import model_input
+from weights.recipe.data import Cohort
+from weights.recipe.features import seen_by_model
+from weights.recipe.pictures import BadPicture, GreyWindow, guess_window, head_alone, read_picture
+from weights.recipe.series import NotJudged, read_series
+
+_TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
+
+
+class BadLabels(PermanentError):
+    """A table of labels that cannot be used, with the line and the reason."""
+
+    code: ClassVar[str] = "bad_labels"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """What is judged as one: a study, or one picture."""
+
+    name: str  # as the table has it
+    truth: bool  # of the primary label
+    inputs: NDArray[np.float32]  # (n, channels, size, size)
+    image_truth: NDArray[np.bool_] | None = None  # (n,), where each image has a label
+    group: str = ""  # cases of one patient share it; empty: a patient of its own
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A case that the bundle's own rules, or its file, do not let through."""
+
+    name: str
+    truth: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How many cases there are, and the cases one by one."""
+
+    n: int
+    cases: Iterator[Case | LeftOut]
+    unit: str  # study | picture
+    notes: tuple[str, ...] = ()  # what was assumed
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    name: str
+    truth: bool
+    group: str
+
+
+def from_cohort(cohort: Cohort, manifest: Manifest) -> Source:
+    """The patients of a folder laid out as `ct-ich`, one study each."""
+
+    def cases() -> Iterator[Case | LeftOut]:
+        for patient, rows in cohort.by_patient():
+            truth = cohort.labels[rows, 0]
+            inputs = seen_by_model(cohort, rows, manifest).inputs
+            yield Case(str(patient), bool(truth.any()), inputs, truth)
+
+    return Source(len(cohort.patient_ids), cases(), "study")
+
+
+def from_pictures(
+    folder: Path, labels: Path, manifest: Manifest, window: GreyWindow | None = None
+) -> Source:
+    """Single pictures (columns file,label; patient if there is one), each judged by itself.
+
+    window : what the pictures were exported with; None: guessed from them
+
+    Raises
+    ------
+    BadLabels
+        If the table, or a picture it names, is not there or not what it should be.
+    """
+    lines = read_labels(labels, "file")
+    missing = [line.name for line in lines if not (folder / line.name).is_file()]
+    if missing:
+        raise BadLabels(f"{labels}: {len(missing)} files are not in {folder}, first {missing[0]}")
+    assumed = window or guess_window(_readable(folder, _some(lines)))
+
+    def cases() -> Iterator[Case | LeftOut]:
+        for line in lines:
+            try:
+                inputs = picture_inputs(read_picture(folder / line.name), manifest, assumed)
+            except BadPicture as error:
+                yield LeftOut(line.name, line.truth, str(error))
+            else:
+                yield Case(line.name, line.truth, inputs, np.array([line.truth]), line.group)
+
+    how = "as given" if window else "guessed from the pictures"
+    return Source(len(lines), cases(), "picture", (f"window {assumed} HU, {how}",))
+
+
+def picture_inputs(
+    grey: NDArray[np.uint8], manifest: Manifest, window: GreyWindow
+) -> NDArray[np.float32]:
+    """(1, channels, size, size): one picture through the same function as a served slice."""
+    cleaned = head_alone(grey)[None]
+    volume = volume_from_pictures(cleaned, window.range_hu, step_mm=None)
+    return model_input(volume, manifest.pixels, manifest.input).inputs
+
+
+def from_studies(folder: Path, labels: Path, bundle: Bundle) -> Source:
+    """DICOM studies (columns path,label; patient if there is one), one folder or file each.
+
+    Raises
+    ------
+    BadLabels
+        If the table, or a study it names, is not there or not what it should be.
+    """
+    lines = read_labels(labels, "path")
+    missing = [line.name for line in lines if not (folder / line.name).exists()]
+    if missing:
+        raise BadLabels(f"{labels}: {len(missing)} paths are not in {folder}, first {missing[0]}")
+
+    def cases() -> Iterator[Case | LeftOut]:
+        for line in lines:
+            try:
+                inputs = read_series(folder / line.name, bundle).inputs
+            except PermanentError as error:
+                reason = str(error) if isinstance(error, NotJudged) else f"{error.code}: {error}"
+                yield LeftOut(line.name, line.truth, reason)
+            else:
+                yield Case(line.name, line.truth, inputs, None, line.group)
+
+    return Source(len(lines), cases(), "study")
+
+
+def read_labels(path: Path, column: str) -> list[_Line]:
+    """The table's lines; spaces round names and values do not count.
+
+    Raises
+    ------
+    BadLabels
+        If a column is missing, a name is empty, doubled or leaves the folder, or a label is
+        neither 0 nor 1.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except FileNotFoundError:
+        raise BadLabels(f"{path}: no such file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadLabels(f"{path}: not a CSV in UTF-8 ({type(error).__name__})") from None
+    if not rows:
+        raise BadLabels(f"{path}: no lines")
+    rows = [
+        {
+            (k or "").strip().lower(): (v or "")
+            for k, v in row.items()
+            if isinstance(v, str) or v is None
+        }
+        for row in rows
+    ]
+    for wanted in (column, "label"):
+        if wanted not in rows[0]:
+            raise BadLabels(f"{path}: no column {wanted!r}; it needs {column},label")
+    lines = [_line(path, number, row, column) for number, row in enumerate(rows, start=2)]
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=2):
+        if line.name in seen:
+            raise BadLabels(f"{path}, line {number}: {line.name} is there twice")
+        seen.add(line.name)
+    return lines
+
+
+def _line(path: Path, number: int, row: dict[str, str], column: str) -> _Line:
+    name, label = row[column].strip(), row["label"].strip().lower()
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BadLabels(f"{path}, line {number}: {name!r} is no name inside the folder")
+    if label not in (*_TRUE, *_FALSE):
+        raise BadLabels(f"{path}, line {number}: label {label!r} is neither 0 nor 1")
+    return _Line(name, label in _TRUE, row.get("patient", "").strip())
+
+
+def _some(lines: Sequence[_Line], most: int = 200) -> Sequence[_Line]:
+    """Evenly spread over the table: enough for a median."""
+    return lines[:: max(1, len(lines) // most)]
+
+
+def _readable(folder: Path, lines: Sequence[_Line]) -> Iterator[NDArray[np.uint8]]:
+    for line in lines:
+        with suppress(BadPicture):  # told when its turn comes
+            yield head_alone(read_picture(folder / line.name))
