@@ -301,6 +301,35 @@ def evaluate(
     raise typer.Exit(run(model, cases, seed=seed, to=to, as_json=as_json))
 
 
+@app.command(rich_help_panel=MODELS)
+def calibrate(
+    scores: Annotated[
+        Path,
+        typer.Option(
+            "--scores",
+            metavar="CSV",
+            help="Columns score,label (raw study score; 0 or 1); patient where one comes twice.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The calibration to write.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="A bundle, by name or folder.")
+    ] = "ich",
+    label: Annotated[str, typer.Option("--label", help="Default: the primary one.")] = "",
+    site: Annotated[str, typer.Option("--site", help="Whose studies, in words.")] = "this site",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a site's own map from raw scores to probabilities; the weights stay as they are.
+
+    Needs 50 positive and 50 negative patients. Negatives must be consecutive or randomly sampled:
+    hand-picked ones give probabilities that mean nothing.
+    """
+    from node.learning import calibrate as run
+
+    raise typer.Exit(run(model, scores, out, label=label, site=site, seed=seed, as_json=as_json))
+
+
 quarantine = typer.Typer(no_args_is_help=True, help="What was set aside, and why.")
 app.add_typer(quarantine, name="quarantine", rich_help_panel=STUDIES)
 

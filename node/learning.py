@@ -1,5 +1,6 @@
-"""`vigil train` and `vigil evaluate`: the recipe of weights/recipe with a progress bar."""
+"""`vigil train`, `evaluate` and `calibrate`: the recipe of weights/recipe at the terminal."""
 
+import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,53 @@ def evaluate(model: str, cases: Labelled, *, seed: int, to: Path | None, as_json
         path = write_page(to, figures, scores, bundle, network)
         Console(stderr=True, highlight=False).print(f"page: {path}")
     return SUCCESS
+
+
+def calibrate(
+    model: str, scores: Path, out: Path, *, label: str, site: str, seed: int, as_json: bool
+) -> int:
+    """Write a site's calibration file; prints how the old map and the new one fare."""
+    from inference.bundle import load_bundle
+    from weights.recipe.site import read_scores, recalibrate
+
+    bundle = load_bundle(folder_of(model))
+    name = label or bundle.manifest.labels[0].id
+    if name not in bundle.calibrations:
+        complain(
+            f"{bundle.name} has no calibrated label {name!r}: {', '.join(bundle.calibrations)}"
+        )
+        return WRONG_USAGE
+    today = dt.datetime.now(dt.UTC).date().isoformat()
+    figures = recalibrate(
+        bundle, read_scores(scores), out, label=name, site=site, at=today, seed=seed
+    )
+    report(figures, lambda made, to: _show_calibration(made, out, to), as_json=as_json)
+    return SUCCESS
+
+
+def _show_calibration(made: dict[str, Any], out: Path, to: Console) -> None:
+    to.print(
+        f"{made['bundle']} {made['version']}, label {made['label']}: {made['n']} studies of "
+        f"{made['n_patients']} patients, {made['positives']} positive "
+        f"(prevalence {made['prevalence']})"
+    )
+    note = f" ({escape(made['note'])})" if made["note"] else ""
+    to.print(f"  map: {made['method']}{note}; log-losses {made['log_losses']}")
+    for name in ("brier", "log_loss", "slope", "in_the_large"):
+        old, new = (_range(made[when][name]) for when in ("before", "after"))
+        to.print(f"  {name:14} before {old:32} after {new}")
+    for when in ("before", "after"):
+        point = made["threshold"][when]
+        to.print(
+            f"  threshold {made['threshold']['value']} {when}: raw score {point['raw_score']}, "
+            f"sensitivity {point['sensitivity']}, specificity {point['specificity']}"
+        )
+    to.print(f"[yellow]{made['sampling']}[/]")
+    to.print(f"calibration {made['calibration_id']} (was {made['replaces']}) in {escape(str(out))}")
+
+
+def _range(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
 
 
 def _source(cases: Labelled, bundle: "Bundle") -> "Source":

@@ -133,12 +133,27 @@ def fit_isotonic(
     return tuple(map(float, x)), tuple(map(float, y))
 
 
-def apply(calibration: LabelCalibration, logits: Floats) -> Floats:
-    """Probabilities as the node gives them, clips included, at the fitted data's prevalence."""
-    prevalence = calibration.prevalence
+def apply(
+    calibration: LabelCalibration,
+    logits: Floats,
+    *,
+    prevalence: float | None = None,
+    reference: float | None = None,
+) -> Floats:
+    """Probabilities as the node gives them, clips included.
+
+    prevalence : what they are shown at; None: that of the fitted data
+    reference : show and clip at the label's reference prevalence instead
+    """
+    at = calibration.prevalence
     return np.array(
         [
-            calibrate(RawScore(float(z)), calibration, reference_prevalence=prevalence).value
+            calibrate(
+                RawScore(float(z)),
+                calibration,
+                reference_prevalence=reference or at,
+                site_prevalence=prevalence,
+            ).value
             for z in logits
         ]
     )
