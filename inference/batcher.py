@@ -13,19 +13,19 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(eq=False)
 class Work:
-    """The inputs of one study for one bundle, and the logits as they come in."""
+    """The inputs of one study for one bundle, and the model's outputs as they come in."""
 
     key: int  # the job's id
     bundle: str
     lane: int
     inputs: NDArray[np.float32]  # (n, channels, size, size)
-    n_labels: int
+    n_outputs: int
     sent: int = 0  # images handed out so far
-    logits: NDArray[np.float32] = field(init=False)  # (n, labels)
+    outputs: NDArray[np.float32] = field(init=False)  # (n, outputs)
     n_scored: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.logits = np.full((len(self.inputs), self.n_labels), np.nan, np.float32)
+        self.outputs = np.full((len(self.inputs), self.n_outputs), np.nan, np.float32)
 
     @property
     def is_scored(self) -> bool:
@@ -47,7 +47,7 @@ class Batch:
             raise ValueError(f"{logits.shape[0]} rows of logits for {self.n} images")
         at = 0
         for work, first, end in self.parts:
-            work.logits[first:end] = logits[at : at + end - first]
+            work.outputs[first:end] = logits[at : at + end - first]
             work.n_scored += end - first
             at += end - first
             if work.is_scored:

@@ -1,12 +1,11 @@
 """Where a model looked: raw Grad-CAM maps, and their way back to the source image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scipy import ndimage
 from torch import nn
 
@@ -40,10 +39,25 @@ class RawGradCAM(GradCAM):  # type: ignore[misc]  # the library has no types
         return cam_per_target_layer[0]
 
 
+class _Sum:
+    """What a map is of: some of the model's outputs, weighted."""
+
+    def __init__(self, weights: Mapping[int, float]) -> None:
+        self._weights = weights
+
+    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([outputs[i] * weight for i, weight in self._weights.items()]).sum()
+
+
 def grad_cam(
-    model: nn.Module, layer: str, inputs: NDArray[np.float32], targets: Sequence[int]
+    model: nn.Module,
+    layer: str,
+    inputs: NDArray[np.float32],
+    targets: Sequence[Mapping[int, float]],
 ) -> NDArray[np.float32]:
-    """Raw ReLU maps, shape (n, h, w) of the layer, for one label (column) an input.
+    """Raw ReLU maps, shape (n, h, w) of the layer, of a weighted sum of outputs for each input.
+
+    targets : {output: weight}, one an input
 
     model : eager, fp32; its weights' gradients are not needed and stay off. Inputs go one by one,
     so that a map does not depend on what else is in the batch, nor the memory on how many there
@@ -62,7 +76,7 @@ def grad_cam(
     with torch.enable_grad(), RawGradCAM(model=model, target_layers=[named[layer]]) as cam:
         for image, target in zip(inputs, targets, strict=True):
             tensor = torch.from_numpy(image[None]).to(device).requires_grad_(True)
-            maps.append(cam(tensor, [ClassifierOutputTarget(target)])[0])
+            maps.append(cam(tensor, [_Sum(target)])[0])
     stacked: NDArray[np.float32] = np.stack(maps).astype(np.float32)
     return stacked
 

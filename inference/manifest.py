@@ -213,6 +213,8 @@ class UrgencyRule:
 class StudySpec:
     primary: str  # must be the first label
     aggregation: Aggregation
+    # Images on each side that have a say in an image's logits; see `inference.predict.in_context`.
+    context: int = 0
     urgency: tuple[UrgencyRule, ...] = ()
     activation: Literal["sigmoid"] = "sigmoid"
 
@@ -268,6 +270,11 @@ class Manifest:
         self._check_labels()
         self._check_values()
 
+    @property
+    def outputs(self) -> int:
+        """How many numbers the model gives of an image."""
+        return len(self.labels) * (2 if self.study.context else 1)
+
     def label(self, label_id: str) -> LabelSpec:
         return next(label for label in self.labels if label.id == label_id)
 
@@ -293,5 +300,8 @@ class Manifest:
                 raise ValueError(f"input.windows: {window} passes value_range {low}..{high}")
         if self.input.crop == "body" and self.pixels.body is None:
             raise ValueError('input.crop = "body" needs [pixels.body]')
-        if self.selection.unit == "image" and (self.input.neighbours or self.input.slab_mm):
-            raise ValueError("a single image has neither neighbours nor slabs")
+        if self.study.context < 0:
+            raise ValueError("study.context must be 0 or more")
+        volumes_only = (self.input.neighbours, self.input.slab_mm, self.study.context)
+        if self.selection.unit == "image" and any(volumes_only):
+            raise ValueError("a single image has neither neighbours, nor slabs, nor context")

@@ -22,8 +22,8 @@ class ReferenceMissed(PermanentError):
     code: ClassVar[str] = "reference_missed"
 
 
-def build_model(architecture: str, *, labels: int, channels: int) -> nn.Module:
-    """An untrained timm model in fp32: (n, channels, size, size) -> (n, labels) logits.
+def build_model(architecture: str, *, outputs: int, channels: int) -> nn.Module:
+    """An untrained timm model in fp32: (n, channels, size, size) -> (n, outputs) logits.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def build_model(architecture: str, *, labels: int, channels: int) -> nn.Module:
     if not timm.is_model(architecture):
         raise BundleError(f"architecture: timm has no {architecture!r}")
     model: nn.Module = timm.create_model(
-        architecture, pretrained=False, num_classes=labels, in_chans=channels
+        architecture, pretrained=False, num_classes=outputs, in_chans=channels
     )
     return model
 
@@ -48,7 +48,7 @@ def load_model(bundle: Bundle, device: str | torch.device = "cpu") -> nn.Module:
     """
     manifest = bundle.manifest
     model = build_model(
-        manifest.architecture, labels=len(manifest.labels), channels=manifest.input.channels
+        manifest.architecture, outputs=manifest.outputs, channels=manifest.input.channels
     )
     try:
         model.load_state_dict(load_file(bundle.weights))
@@ -65,7 +65,7 @@ def load_model(bundle: Bundle, device: str | torch.device = "cpu") -> nn.Module:
 
 @torch.inference_mode()
 def logits(model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n, channels, size, size) -> (n, labels), on the model's own device and in its own type."""
+    """(n, channels, size, size) -> (n, outputs), on the model's own device and in its own type."""
     parameter = next(model.parameters())
     batch = torch.from_numpy(inputs).to(
         device=parameter.device, dtype=parameter.dtype, memory_format=torch.channels_last
@@ -95,15 +95,15 @@ def check_reference(bundle: Bundle, model: nn.Module) -> float:
 
 
 def read_reference(bundle: Bundle) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The stored inputs (n, channels, size, size) and logits (n, labels)."""
+    """The stored inputs (n, channels, size, size) and logits (n, outputs)."""
     try:
         tensors = load_file(bundle.reference)
         inputs, expected = tensors["inputs"].float().numpy(), tensors["logits"].float().numpy()
     except (SafetensorError, OSError, KeyError) as error:
         raise BundleError(f"{bundle.reference}: cannot be read ({type(error).__name__})") from None
-    spec, n_labels = bundle.manifest.input, len(bundle.manifest.labels)
+    spec, n_outputs = bundle.manifest.input, bundle.manifest.outputs
     shapes = (inputs.shape[1:], expected.shape)
-    if shapes != ((spec.channels, spec.size, spec.size), (len(inputs), n_labels)) or not len(
+    if shapes != ((spec.channels, spec.size, spec.size), (len(inputs), n_outputs)) or not len(
         inputs
     ):
         raise BundleError(

@@ -70,7 +70,7 @@ def prepare(volume: Volume, bundle: Bundle) -> Prepared:
 
 def make_finding(
     prepared: Prepared,
-    logits: Logits,
+    outputs: Logits,
     bundle: Bundle,
     *,
     started_at: str,
@@ -80,11 +80,11 @@ def make_finding(
     prevalence: Mapping[str, float] | None = None,
     is_partial: bool = False,
 ) -> Finding:
-    """What the model's logits say of the study.
+    """What the model's outputs say of the study.
 
     Parameters
     ----------
-    logits : shape (inputs, labels)
+    outputs : shape (inputs, outputs), as the model gives them
     started_at : ISO 8601 UTC
     thresholds, prevalence : a tenant's own, {"bundle.label": number}; thresholds on the reference
     scale
@@ -93,14 +93,12 @@ def make_finding(
     Raises
     ------
     BadOutput
-        If a logit is not finite, or there are too few or too many.
+        If an output is not finite, or there are too few or too many.
     """
     manifest = bundle.manifest
-    if (
-        logits.shape != (len(prepared.inputs), len(manifest.labels))
-        or not np.isfinite(logits).all()
-    ):
-        raise BadOutput(f"{manifest.name}: logits of shape {logits.shape}, or not finite")
+    if outputs.shape != (len(prepared.inputs), manifest.outputs) or not np.isfinite(outputs).all():
+        raise BadOutput(f"{manifest.name}: outputs of shape {outputs.shape}, or not finite")
+    logits = in_context(outputs, manifest.study.context)
     labels = _labels(prepared, logits, bundle, thresholds or {}, prevalence or {})
     per_image = _image_logits(prepared, logits)
     return Finding(
@@ -132,7 +130,11 @@ def make_heatmaps(
         return finding, []
     seen, names = prepared.seen, [label.id for label in bundle.manifest.labels]
     which = [_input_of(seen, key.image) for key in finding.key_images]
-    targets = [names.index(key.label) for key in finding.key_images]
+    context, n = bundle.manifest.study.context, len(seen.inputs)
+    targets = [
+        own_say(names.index(key.label), len(names), len(neighbourhood(index, n, context)), context)
+        for index, key in zip(which, finding.key_images, strict=True)
+    ]
     raw = heatmap.grad_cam(model, bundle.manifest.explain.layer, seen.inputs[which], targets)
     maps = []
     for index, cam, key in zip(which, raw, finding.key_images, strict=True):
@@ -168,6 +170,35 @@ def predict(
         prevalence=prevalence,
     )
     return make_heatmaps(prepared, finding, bundle, model)
+
+
+def in_context(outputs: NDArray[np.floating], context: int) -> Logits:
+    """What the model gives of each image -> the images' logits.
+
+    Without context they are the same. With it the model gives two numbers a label: one for the
+    image itself, and one for its neighbourhood, whose mean over the image and `context` images on
+    each side (fewer at the ends) is added. So a linear layer on the mean of neighbouring images'
+    features needs no features to travel: the mean is taken behind the layer, not before it.
+
+    outputs : shape (n, labels), or (n, 2 * labels) with context; in order along the normal
+    """
+    if not context:
+        return outputs.astype(np.float32)
+    own, beside = np.split(outputs, 2, axis=1)
+    n = len(outputs)
+    means = [beside[neighbourhood(i, n, context)].mean(axis=0) for i in range(n)]
+    made: Logits = (own + np.stack(means)).astype(np.float32)
+    return made
+
+
+def neighbourhood(index: int, n: int, context: int) -> range:
+    """The images that have a say in one's logits, itself among them."""
+    return range(max(index - context, 0), min(index + context + 1, n))
+
+
+def own_say(label: int, n_labels: int, n_beside: int, context: int) -> dict[int, float]:
+    """How an image's own outputs weigh in its logit of a label: {output: weight}."""
+    return {label: 1.0, n_labels + label: 1.0 / n_beside} if context else {label: 1.0}
 
 
 def aggregate(logits: Sequence[float] | NDArray[np.floating], how: Aggregation) -> float:

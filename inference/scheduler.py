@@ -219,8 +219,8 @@ class Scheduler:
         flight.loaded = made
         served = self._served[flight.bundle]
         inputs = made.prepared.inputs
-        n_labels = len(served.bundle.manifest.labels)
-        self._batcher.add(Work(flight.job.id, flight.bundle, flight.job.lane, inputs, n_labels))
+        n_outputs = served.bundle.manifest.outputs
+        self._batcher.add(Work(flight.job.id, flight.bundle, flight.job.lane, inputs, n_outputs))
         return True
 
     def _run_batch(self) -> bool:
@@ -271,7 +271,7 @@ class Scheduler:
             raise TenantGone("the study's tenant is no longer in the configuration")
         finding = make_finding(
             prepared,
-            work.logits,
+            work.outputs,
             served.bundle,
             started_at=flight.started_at,
             result_uuid=str(uuid.uuid4()),

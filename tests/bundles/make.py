@@ -24,7 +24,7 @@ def make_bundle(
     channels, labels = len(manifest["input"]["mean"]), len(manifest["labels"])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build_model(architecture, labels=labels, channels=channels).eval()
+        model = build_model(architecture, outputs=labels, channels=channels).eval()
         inputs = torch.randn(4, channels, size, size)
         spread(model, inputs)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from inference.batcher import Batcher, Work
 def make_work(key: int, n: int, lane: int = 1, bundle: str = "one") -> Work:
     inputs = np.full((n, 1, 2, 2), key, np.float32)
     inputs[:, 0, 0, 0] = np.arange(n)
-    return Work(key, bundle, lane, inputs, n_labels=2)
+    return Work(key, bundle, lane, inputs, n_outputs=2)
 
 
 def echo(inputs):
@@ -35,8 +35,8 @@ def test_every_image_is_scored_once_and_for_its_own_study(sizes, max_batch):
 
     assert sorted(work.key for work in done) == [work.key for work in works]
     for work in works:
-        assert (work.logits[:, 0] == work.key).all()
-        assert (work.logits[:, 1] == np.arange(len(work.inputs))).all()
+        assert (work.outputs[:, 0] == work.key).all()
+        assert (work.outputs[:, 1] == np.arange(len(work.inputs))).all()
     assert len(batcher) == 0
 
 

@@ -176,7 +176,7 @@ def test_weights_of_another_architecture_are_refused(folder):
 
 def test_an_architecture_timm_does_not_know_is_refused():
     with pytest.raises(BundleError, match="timm has no"):
-        build_model("no_such_net", labels=1, channels=3)
+        build_model("no_such_net", outputs=1, channels=3)
 
 
 def test_a_model_that_misses_its_reference_must_not_serve(folder):

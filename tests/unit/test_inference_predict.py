@@ -1,7 +1,9 @@
 """From logits to a finding: aggregation, presence, urgency, key images, heat maps."""
 
+import hashlib
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from safetensors.torch import load_file, save_file
 
 from db.result import Finding, RawScore, Region, Urgency
 from inference import heatmap
 from inference.bundle import BundleError, load_bundle
 from inference.manifest import Aggregation
-from inference.model import load_model, logits
+from inference.model import check_reference, load_model, logits
 from inference.predict import (
     BadOutput,
     aggregate,
+    in_context,
     make_finding,
     make_heatmaps,
     predict,
@@ -87,6 +91,50 @@ def test_noisy_or_is_the_chance_of_at_least_one(values):
     assert RawScore(aggregate(values, Aggregation(kind="noisy_or"))).output == pytest.approx(
         1 - none
     )
+
+
+def test_neighbours_have_their_say_and_only_as_many_as_there_are():
+    own, beside = np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 9.0])
+    outputs = np.stack([own, beside], axis=1)
+
+    assert in_context(outputs, 1)[:, 0].tolist() == [1 + 1.5, 2 + 4, 4 + 6]
+    assert in_context(outputs[:1], 2).tolist() == [[1.0]]
+    np.testing.assert_array_equal(in_context(outputs, 0), outputs.astype(np.float32))
+
+
+def test_a_model_with_context_serves_the_whole_way(tmp_path):
+    folder = with_context(make_bundle(tmp_path / "head"), context=2)
+    bundle = load_bundle(folder)
+    model = load_model(bundle)
+    prepared = prepare(volume_of(head_series(16), bundle.manifest, tmp_path), bundle)
+    outputs = logits(model, prepared.inputs)
+
+    finding = make_finding(prepared, outputs, bundle, **WHEN)
+    finding, maps = make_heatmaps(prepared, finding, bundle, model)
+
+    n = len(bundle.manifest.labels)
+    assert outputs.shape == (16, 2 * n)
+    expected = outputs[5, 0] + outputs[3:8, n].mean()
+    assert finding.image_logits["any"][5] == pytest.approx(float(expected), abs=1e-5)
+    assert len(maps) == len(finding.key_images)
+    check_reference(bundle, model)
+
+
+def with_context(folder, *, context):
+    """The bundle with a last layer of two numbers a label."""
+    weights = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = torch.cat([weights[name], weights[name].flip(0)])
+    save_file(weights, folder / "model.safetensors")
+    reference = load_file(folder / "reference.safetensors")
+    both = torch.cat([reference["logits"], reference["logits"].flip(1)], dim=1)
+    save_file(reference | {"logits": both}, folder / "reference.safetensors")
+    text = (folder / "manifest.toml").read_text()
+    old = re.search(r'weights_sha256 = "(\w+)"', text)[1]
+    new = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    text = text.replace(old, new).replace("[study]\n", f"[study]\ncontext = {context}\n")
+    (folder / "manifest.toml").write_text(text)
+    return folder
 
 
 def test_aggregations_by_hand():
@@ -219,7 +267,7 @@ def test_regions_are_drawn_only_if_the_pointing_game_beats_both_controls(bundle,
 def test_raw_maps_are_the_librarys_before_it_stretches_them(model, prepared):
     inputs = prepared.inputs[6:9]
 
-    raw = heatmap.grad_cam(model, "conv_head", inputs, [0, 0, 0])
+    raw = heatmap.grad_cam(model, "conv_head", inputs, [{0: 1.0}] * 3)
 
     tensor = torch.from_numpy(inputs).requires_grad_(True)
     with torch.enable_grad(), GradCAM(model=model, target_layers=[model.conv_head]) as cam:
@@ -243,7 +291,7 @@ def test_raw_maps_follow_the_definition(model, prepared):
     hook.remove()
     expected = torch.relu((gradient.mean((2, 3), keepdim=True) * kept["out"]).sum(1))[0]
 
-    raw = heatmap.grad_cam(model, "conv_head", prepared.inputs[7:8], [1])
+    raw = heatmap.grad_cam(model, "conv_head", prepared.inputs[7:8], [{1: 1.0}])
 
     np.testing.assert_allclose(raw[0], expected.detach().numpy(), rtol=1e-4, atol=1e-6)
     assert np.isfinite(logits(model, prepared.inputs)).all()  # and the model serves on
@@ -251,7 +299,7 @@ def test_raw_maps_follow_the_definition(model, prepared):
 
 def test_a_layer_that_is_not_there_is_named(model, prepared):
     with pytest.raises(BundleError, match="no module 'no_layer'"):
-        heatmap.grad_cam(model, "no_layer", prepared.inputs[:1], [0])
+        heatmap.grad_cam(model, "no_layer", prepared.inputs[:1], [{0: 1.0}])
 
 
 @pytest.mark.parametrize("cosines", [[1, 0, 0, 0, 1, 0], [0, 1, 0, -1, 0, 0], [-1, 0, 0, 0, -1, 0]])

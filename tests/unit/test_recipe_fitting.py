@@ -19,7 +19,7 @@ from weights.recipe.backbone import renamed
 from weights.recipe.bundle_files import write_calibration
 from weights.recipe.figures import auc, calibration_in_the_large, calibration_slope, with_interval
 from weights.recipe.folds import patient_folds
-from weights.recipe.head import Options, fit_head
+from weights.recipe.head import Options, fit_head, neighbourhood_means
 from weights.recipe.nested import Examples, fit_recipe, out_of_fold, thresholds
 
 
@@ -103,21 +103,44 @@ def test_a_head_gives_the_logits_of_the_regression_it_folds_up():
         np.float32
     )
     labels = expit(features[:, [0]] + features[:, [1]] / 10) > rng.uniform(size=(400, 1))
+    groups = np.split(np.arange(400), 20)
 
-    head = fit_head(features, labels, Options(1.0, "none"))
+    head = fit_head(features, labels, groups, Options(1.0, "none"))
 
     # Of an unpenalised intercept: the mean probability is the share of positives.
-    assert expit(head.logits(features)).mean() == pytest.approx(labels.mean(), abs=1e-3)
-    assert auc(head.logits(features)[:, 0], labels[:, 0]) > 0.75
+    assert expit(head.logits(features, groups)).mean() == pytest.approx(labels.mean(), abs=1e-3)
+    assert auc(head.logits(features, groups)[:, 0], labels[:, 0]) > 0.75
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_a_head_with_context_is_the_regression_on_the_neighbours_mean(context):
+    """The mean behind the layer, as it is served, is the mean before it, as it was fitted."""
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(60, 4)).astype(np.float32)
+    groups = [np.arange(0, 25), np.arange(25, 26), np.arange(26, 60)]
+    beside = neighbourhood_means(features, groups, context)
+    labels = (features[:, [0]] + 3 * beside[:, [1]] + rng.normal(size=(60, 1))) > 0
+
+    served = fit_head(features, labels, groups, Options(1.0, "none", context))
+    both = np.concatenate([features, beside], axis=1)
+    fitted = fit_head(both, labels, groups, Options(1.0, "none"))
+
+    assert served.weight.shape == (2, 4)
+    np.testing.assert_allclose(
+        served.logits(features, groups), fitted.logits(both, groups), atol=1e-4
+    )
+    np.testing.assert_allclose(beside[25], features[25])  # alone: nobody else's patient
+    np.testing.assert_allclose(beside[0], features[: context + 1].mean(axis=0), atol=1e-6)
 
 
 def test_a_balanced_head_keeps_the_scale_of_the_data():
     rng = np.random.default_rng(1)
     labels = rng.uniform(size=(4000, 1)) < 0.1
     features = (rng.normal(size=(4000, 2)) + 1.5 * labels).astype(np.float32)
+    groups = np.split(np.arange(4000), 100)
 
-    plain = fit_head(features, labels, Options(1.0, "none")).logits(features)
-    balanced = fit_head(features, labels, Options(1.0, "balanced")).logits(features)
+    plain = fit_head(features, labels, groups, Options(1.0, "none")).logits(features, groups)
+    balanced = fit_head(features, labels, groups, Options(1.0, "balanced")).logits(features, groups)
 
     assert np.abs(plain - balanced).mean() < 0.3
 

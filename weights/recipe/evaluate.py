@@ -12,7 +12,7 @@ from torch import nn
 from db.errors import PermanentError
 from inference.bundle import Bundle
 from inference.model import logits
-from inference.predict import aggregate
+from inference.predict import aggregate, in_context
 from weights.recipe.calibrate import apply, log_loss
 from weights.recipe.cases import Case, LeftOut, Source
 from weights.recipe.features import Progress, silent
@@ -99,7 +99,8 @@ class _Scorer:
             return
         starts = range(0, len(case.inputs), _BATCH)
         parts = [logits(self._model, case.inputs[i : i + _BATCH]) for i in starts]
-        z = np.concatenate(parts)[:, 0].astype(np.float64)
+        outputs, context = np.concatenate(parts), self._bundle.manifest.study.context
+        z = in_context(outputs, context)[:, 0].astype(np.float64)
         study = aggregate(z, self._bundle.manifest.study.aggregation)
         calibration = self._bundle.calibrations[self._primary.id]
         p = float(apply(calibration, np.array([study]))[0])

@@ -1,6 +1,6 @@
 """The whole recipe on some patients, and the same repeated in outer folds to say how good it is."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,7 +22,11 @@ Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
 _BALANCES: tuple[Balance, ...] = ("none", "balanced")
-OPTIONS = tuple(Options(c, b) for c, b in product((3e-4, 1e-3, 3e-3, 1e-2), _BALANCES))
+_CONTEXTS = (0, 1, 2)
+OPTIONS = tuple(
+    Options(c, balance, context)
+    for c, balance, context in product((3e-4, 1e-3, 3e-3), _BALANCES, _CONTEXTS)
+)
 AGGREGATIONS = (
     Aggregation(kind="max"),
     Aggregation(kind="topk_mean", k=3),
@@ -106,7 +110,7 @@ def fit_recipe(examples: Examples, *, seed: int) -> Fitted:
     study = study_logits(logits, examples.groups, aggregation)
     probability = calibrate.apply(choice.calibration, study)
     return Fitted(
-        head=fit_head(examples.features, examples.labels, options),
+        head=fit_head(examples.features, examples.labels, examples.groups, options),
         options=options,
         aggregation=aggregation,
         choice=choice,
@@ -130,7 +134,8 @@ def out_of_fold(
         made = fit_recipe(examples.only(np.flatnonzero(number != fold)), seed=seed)
         held_out = np.flatnonzero(number == fold)
         rows = np.concatenate([examples.groups[i] for i in held_out])
-        logits[rows] = made.head.logits(examples.features[rows])
+        unseen = examples.only(held_out)
+        logits[rows] = made.head.logits(unseen.features, unseen.groups)
         groups = [examples.groups[i] for i in held_out]
         study[held_out] = study_logits(logits[:, 0], groups, made.aggregation)
         probability[held_out] = calibrate.apply(made.calibration, study[held_out])
@@ -182,20 +187,14 @@ def _best_options(examples: Examples, *, seed: int) -> tuple[Options, Floats]:
 def _inner_logits(examples: Examples, options: Options, *, seed: int) -> Floats:
     """(slices,) of the first label, each from a head that did not see its patient."""
     logits = np.empty(len(examples.labels))
-    for train, held_out in _splits(examples, seed):
-        head = fit_head(examples.features[train], examples.labels[train, :1], options)
-        logits[held_out] = head.logits(examples.features[held_out])[:, 0]
-    return logits
-
-
-def _splits(examples: Examples, seed: int) -> Iterator[tuple[Rows, Rows]]:
     number = patient_folds(examples.any_patient, _INNER_FOLDS, seed)
     for fold in range(_INNER_FOLDS):
-        parts = [
-            np.concatenate([examples.groups[i] for i in np.flatnonzero(chosen)])
-            for chosen in (number != fold, number == fold)
-        ]
-        yield parts[0], parts[1]
+        seen = examples.only(np.flatnonzero(number != fold))
+        unseen = examples.only(np.flatnonzero(number == fold))
+        head = fit_head(seen.features, seen.labels[:, :1], seen.groups, options)
+        rows = np.concatenate([examples.groups[i] for i in np.flatnonzero(number == fold)])
+        logits[rows] = head.logits(unseen.features, unseen.groups)[:, 0]
+    return logits
 
 
 def _best_aggregation(

@@ -141,7 +141,7 @@ def _samples(
     if not shown:
         return []
     inputs = np.stack([sample.input for _, sample in shown])
-    maps = heatmap.grad_cam(model, bundle.manifest.explain.layer, inputs, [0] * len(shown))
+    maps = heatmap.grad_cam(model, bundle.manifest.explain.layer, inputs, [{0: 1.0}] * len(shown))
     scale = max(float(np.max(one)) for one in maps) or 1.0
     made: dict[str, list[dict[str, Any]]] = {}
     for (kind, sample), one in zip(shown, maps, strict=True):

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from scipy import ndimage
 
 from db.errors import PermanentError
-from inference.body import body_mask
+from db.outline import body_mask
 from inference.window import resize
 
 Grey = NDArray[np.uint8]  # (rows, cols)

@@ -16,6 +16,7 @@ from torch import nn
 from db.outline import body_mask
 from inference.heatmap import grad_cam, to_source
 from inference.manifest import Manifest
+from inference.predict import neighbourhood, own_say
 from inference.window import ModelInput
 from weights.recipe.data import PICTURE_RANGE_HU, Cohort, LesionBox, read_boxes
 from weights.recipe.features import Progress, seen_by_model, silent
@@ -48,7 +49,8 @@ def pointing_game(
     """
     boxes = read_boxes(data)
     networks = [with_head(backbone, head, manifest.architecture) for head in heads]
-    untrained = with_head(backbone, _untrained(heads[0]), manifest.architecture)
+    guess = _untrained(heads[0])
+    untrained = with_head(backbone, guess, manifest.architecture)
     hits: dict[str, list[bool]] = {"model": [], "untrained": [], "brightest": []}
     groups: list[NDArray[np.int64]] = []
     chance: list[float] = []
@@ -62,14 +64,14 @@ def pointing_game(
         ]
         if not marked:
             continue
-        seen = seen_by_model(cohort, rows, manifest)
+        seen, fold = seen_by_model(cohort, rows, manifest), folds[place]
         grey = cohort.grey(rows)
         groups.append(np.arange(len(chance), len(chance) + len(marked)))
         for i in marked:
             lesions = boxes[patient, int(cohort.slice_numbers[rows[i]])]
             layer = manifest.explain.layer
-            hits["model"].append(_hit(_peak(networks[folds[place]], layer, seen, i), lesions))
-            hits["untrained"].append(_hit(_peak(untrained, layer, seen, i), lesions))
+            hits["model"].append(_hit(_peak(networks[fold], heads[fold], layer, seen, i), lesions))
+            hits["untrained"].append(_hit(_peak(untrained, guess, layer, seen, i), lesions))
             hits["brightest"].append(_hit(_brightest(grey[i]), lesions))
             chance.append(_area(grey[i], lesions))
     return _summary({k: np.array(v) for k, v in hits.items()}, groups, chance, seed)
@@ -94,14 +96,17 @@ def _summary(
 
 def _untrained(like: Head) -> Head:
     rng = np.random.default_rng(_UNTRAINED_SEED)
-    return Head(rng.normal(size=like.weight.shape), np.zeros_like(like.bias))
+    return Head(rng.normal(size=like.weight.shape), np.zeros_like(like.bias), like.context)
 
 
 def _peak(
-    network: nn.Module, layer: str, seen: ModelInput, index: int
+    network: nn.Module, head: Head, layer: str, seen: ModelInput, index: int
 ) -> tuple[float, float] | None:
     """Where the first label's map is strongest, in fractions of the picture; None: empty."""
-    cam = grad_cam(network, layer, seen.inputs[index : index + 1], [0])[0]
+    beside = len(neighbourhood(index, len(seen.inputs), head.context))
+    n_labels = len(head.bias) // (2 if head.context else 1)
+    say = own_say(0, n_labels, beside, head.context)
+    cam = grad_cam(network, layer, seen.inputs[index : index + 1], [say])[0]
     mapped = to_source(cam, seen, index)
     return _place(mapped) if mapped.max() > 0 else None
 

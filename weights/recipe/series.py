@@ -18,7 +18,7 @@ from db.result import Eligibility
 from inference.bundle import Bundle
 from inference.eligibility import check_pixels, judge
 from inference.model import logits
-from inference.predict import Prepared, prepare
+from inference.predict import Prepared, in_context, prepare
 from inference.volume import Decoded, build_volume
 
 # Preamble, prefix, and the element that holds the meta group's length (PS3.10 7.1).
@@ -33,7 +33,8 @@ class NotJudged(PermanentError):
 
 def series_logits(folder: Path, bundle: Bundle, model: nn.Module) -> NDArray[np.float32]:
     """(images, labels) of the series the bundle chooses; see `read_series`."""
-    return logits(model, read_series(folder, bundle).inputs)
+    outputs = logits(model, read_series(folder, bundle).inputs)
+    return in_context(outputs, bundle.manifest.study.context)
 
 
 def read_series(path: Path, bundle: Bundle) -> Prepared:

@@ -21,6 +21,7 @@ _UNMEASURED = {
     "operating_points": "",
     "aggregation_kind": "max",
     "aggregation_k": "1",
+    "context": "0",
     "stat_at": "0.5",
     "pointing_game": "",
 }

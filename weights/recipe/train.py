@@ -132,6 +132,7 @@ def _chosen(fitted: Fitted) -> dict[str, Any]:
     return {
         "c": fitted.options.c,
         "balance": fitted.options.balance,
+        "context": fitted.options.context,
         "aggregation": str(fitted.aggregation),
         "calibration": calibration,
         "calibration_log_losses": {k: round(v, 4) for k, v in fitted.choice.log_losses.items()},
@@ -144,7 +145,7 @@ def _refit(examples: Examples, final: Fitted) -> dict[str, Any]:
 
     On patients it has seen, so most of it is memory, not the size of the fit: an upper bound.
     """
-    refit = final.head.logits(examples.features)[:, 0]
+    refit = final.head.logits(examples.features, examples.groups)[:, 0]
     by_study = study_logits(refit, examples.groups, final.aggregation)
     shift, truth = by_study - final.study_logits, examples.any_patient
     return {
@@ -190,6 +191,7 @@ def _measured(sha256: str, final: Fitted, figures: Mapping[str, Any]) -> dict[st
         ),
         "aggregation_kind": final.aggregation.kind,
         "aggregation_k": final.aggregation.k,
+        "context": final.options.context,
         "pointing_game": _pointing_lines(figures["pointing_game"]),
     }
 
