@@ -8,6 +8,7 @@ from PIL import Image
 
 from inference.bundle import load_bundle
 from inference.model import check_reference, load_model
+from weights.recipe.cases import from_cohort
 from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_cohort
 from weights.recipe.evaluate import evaluate
 from weights.recipe.phantoms import drawn_head
@@ -77,10 +78,15 @@ def test_training_again_from_the_kept_features_gives_the_same_bytes(trained, dat
 def test_evaluate_counts_patients_and_knows_the_bundle(trained, data):
     out, _, _ = trained
 
-    figures = evaluate(out, data)
+    bundle = load_bundle(out)
+    source = from_cohort(read_cohort(data), bundle.manifest)
 
-    assert (figures["n"], figures["positives"], figures["n_slices"]) == (24, 12, 72)
-    assert figures["auc"]["low"] <= figures["auc"]["value"] <= figures["auc"]["high"]
+    figures, _ = evaluate(source, bundle, load_model(bundle))
+
+    assert (figures["n"], figures["positives"], figures["n_images"]) == (24, 12, 72)
+    low, high = figures["intervals"]["auc"]
+    assert low <= figures["auc"] <= high
+    assert 0 <= figures["slice_auc"] <= 1
     assert figures["weights_sha256"] == load_bundle(out).manifest.weights_sha256
 
 
