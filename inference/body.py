@@ -66,10 +66,15 @@ def body_box(images: NDArray[np.float32], above: float) -> Box | None:
 
 
 def usual_box(masks: NDArray[np.bool_]) -> Box | None:
-    """The box round where the body usually is, in the masks' own pixels; None for empty masks."""
+    """The box round where the body usually is, in the masks' own pixels.
+
+    None for empty masks, and for those that have no place in common: of noise, say.
+    """
     areas = masks.sum(axis=(1, 2))
     if areas.max(initial=0) == 0:
         return None
     usual = masks[areas >= _LARGE * areas.max()].mean(axis=0) >= _USUAL
+    if not usual.any():
+        return None
     rows, columns = np.flatnonzero(usual.any(axis=1)), np.flatnonzero(usual.any(axis=0))
     return Box(float(rows[0]), float(columns[0]), float(rows[-1] + 1), float(columns[-1] + 1))

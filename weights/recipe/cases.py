@@ -1,6 +1,6 @@
 """Labelled studies and pictures, each as the served model would see it."""
 
-import csv
+import os.path
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,16 +17,30 @@ from inference.volume import volume_from_pictures
 from inference.window import model_input
 from weights.recipe.data import Cohort
 from weights.recipe.features import seen_by_model
-from weights.recipe.pictures import BadPicture, GreyWindow, guess_window, head_alone, read_picture
+from weights.recipe.pictures import (
+    BadPicture,
+    GreyWindow,
+    guess_window,
+    read_picture,
+    without_writing,
+)
 from weights.recipe.series import NotJudged, read_series
+from weights.recipe.tables import read_table
 
-_TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
+_TRUE = ("1", "1.0", "true", "yes", "positive")
+_FALSE = ("0", "0.0", "false", "no", "negative")
 
 
 class BadLabels(PermanentError):
     """A table of labels that cannot be used, with the line and the reason."""
 
     code: ClassVar[str] = "bad_labels"
+
+
+class WrongBundle(PermanentError):
+    """A bundle to which grey values of a CT window mean nothing."""
+
+    code: ClassVar[str] = "wrong_bundle"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,13 +75,21 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
+    number: int  # in the file
     name: str
     truth: bool
     group: str
 
 
 def from_cohort(cohort: Cohort, manifest: Manifest) -> Source:
-    """The patients of a folder laid out as `ct-ich`, one study each."""
+    """The patients of a folder laid out as `ct-ich`, one study each.
+
+    Raises
+    ------
+    WrongBundle
+        If the bundle does not judge Hounsfield units.
+    """
+    check_domain(manifest)
 
     def cases() -> Iterator[Case | LeftOut]:
         for patient, rows in cohort.by_patient():
@@ -89,11 +111,12 @@ def from_pictures(
     ------
     BadLabels
         If the table, or a picture it names, is not there or not what it should be.
+    WrongBundle
+        If the bundle does not judge Hounsfield units.
     """
+    check_domain(manifest)
     lines = read_labels(labels, "file")
-    missing = [line.name for line in lines if not (folder / line.name).is_file()]
-    if missing:
-        raise BadLabels(f"{labels}: {len(missing)} files are not in {folder}, first {missing[0]}")
+    _check_there(labels, folder, lines)
     assumed = window or guess_window(_readable(folder, _some(lines)))
 
     def cases() -> Iterator[Case | LeftOut]:
@@ -101,7 +124,7 @@ def from_pictures(
             try:
                 inputs = picture_inputs(read_picture(folder / line.name), manifest, assumed)
             except BadPicture as error:
-                yield LeftOut(line.name, line.truth, str(error))
+                yield LeftOut(line.name, line.truth, error.reason)
             else:
                 yield Case(line.name, line.truth, inputs, np.array([line.truth]), line.group)
 
@@ -113,7 +136,7 @@ def picture_inputs(
     grey: NDArray[np.uint8], manifest: Manifest, window: GreyWindow
 ) -> NDArray[np.float32]:
     """(1, channels, size, size): one picture through the same function as a served slice."""
-    cleaned = head_alone(grey)[None]
+    cleaned = without_writing(grey)[None]
     volume = volume_from_pictures(cleaned, window.range_hu, step_mm=None)
     return model_input(volume, manifest.pixels, manifest.input).inputs
 
@@ -127,9 +150,7 @@ def from_studies(folder: Path, labels: Path, bundle: Bundle) -> Source:
         If the table, or a study it names, is not there or not what it should be.
     """
     lines = read_labels(labels, "path")
-    missing = [line.name for line in lines if not (folder / line.name).exists()]
-    if missing:
-        raise BadLabels(f"{labels}: {len(missing)} paths are not in {folder}, first {missing[0]}")
+    _check_there(labels, folder, lines)
 
     def cases() -> Iterator[Case | LeftOut]:
         for line in lines:
@@ -153,42 +174,42 @@ def read_labels(path: Path, column: str) -> list[_Line]:
         If a column is missing, a name is empty, doubled or leaves the folder, or a label is
         neither 0 nor 1.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, skipinitialspace=True))
-    except FileNotFoundError:
-        raise BadLabels(f"{path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadLabels(f"{path}: not a CSV in UTF-8 ({type(error).__name__})") from None
-    if not rows:
-        raise BadLabels(f"{path}: no lines")
-    rows = [
-        {
-            (k or "").strip().lower(): (v or "")
-            for k, v in row.items()
-            if isinstance(v, str) or v is None
-        }
-        for row in rows
+    lines = [
+        _line(path, number, row, column)
+        for number, row in read_table(path, (column, "label"), BadLabels)
     ]
-    for wanted in (column, "label"):
-        if wanted not in rows[0]:
-            raise BadLabels(f"{path}: no column {wanted!r}; it needs {column},label")
-    lines = [_line(path, number, row, column) for number, row in enumerate(rows, start=2)]
     seen: set[str] = set()
-    for number, line in enumerate(lines, start=2):
+    for line in lines:
         if line.name in seen:
-            raise BadLabels(f"{path}, line {number}: {line.name} is there twice")
+            raise BadLabels(f"{path}, line {line.number}: {line.name} is there twice")
         seen.add(line.name)
     return lines
 
 
 def _line(path: Path, number: int, row: dict[str, str], column: str) -> _Line:
-    name, label = row[column].strip(), row["label"].strip().lower()
+    name, label = row[column], row["label"].lower()
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise BadLabels(f"{path}, line {number}: {name!r} is no name inside the folder")
     if label not in (*_TRUE, *_FALSE):
         raise BadLabels(f"{path}, line {number}: label {label!r} is neither 0 nor 1")
-    return _Line(name, label in _TRUE, row.get("patient", "").strip())
+    return _Line(number, name, label in _TRUE, row.get("patient", ""))
+
+
+def check_domain(manifest: Manifest) -> None:
+    if manifest.pixels.domain != "HU":
+        raise WrongBundle(
+            f"{manifest.name} judges {manifest.pixels.domain} values, and pictures of a CT window "
+            "hold Hounsfield units: use --dicom"
+        )
+
+
+def _check_there(labels: Path, folder: Path, lines: Sequence[_Line]) -> None:
+    # Not Path.exists: names that no file can have (too long) raise there.
+    missing = [line for line in lines if not os.path.exists(folder / line.name)]
+    if missing:
+        n, first = f"{len(missing)} of {len(lines)}", missing[0]
+        reason = f"{n} names are not in {folder}, first {first.name}"
+        raise BadLabels(f"{labels}, line {first.number}: {reason}")
 
 
 def _some(lines: Sequence[_Line], most: int = 200) -> Sequence[_Line]:
@@ -199,4 +220,4 @@ def _some(lines: Sequence[_Line], most: int = 200) -> Sequence[_Line]:
 def _readable(folder: Path, lines: Sequence[_Line]) -> Iterator[NDArray[np.uint8]]:
     for line in lines:
         with suppress(BadPicture):  # told when its turn comes
-            yield head_alone(read_picture(folder / line.name))
+            yield without_writing(read_picture(folder / line.name))

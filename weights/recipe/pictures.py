@@ -3,6 +3,8 @@
 For evaluation only. The node itself reads DICOM, where the window is no guess.
 """
 
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +28,23 @@ _BONE_FROM = 250
 _LOOK = 256  # pixels a side: noise, which widens the peak, is averaged alike in all pictures
 _DEEP = 5  # of those: so far from skull and air is brain
 _FEW = 500  # pixels that make a histogram
-_MARGIN = 0.02  # of the picture's side, kept round the head: skin blurs
+_WHITE_FROM = 245  # grey; compression leaves no page quite white
+
+# Of what is written round a head; lengths as shares of the picture's sides.
+_INK = 150  # grey; darker spots are what compression leaves
+_NEAR = 0.05  # so near the head it is skin behind fat
+_LETTER = 0.12  # the longest that a letter is
+_SCALE = 0.03  # as narrow is a scale, however long
+_FRAME = 0.6  # of an edge is a frame's
+_FRINGE = 3  # pixels
 
 #: Of the training pictures (level 40, width 120 HU): where the brain's peak lies, and how wide the
 #: peak is at half its height. Medians over pictures; measured on every sixth of them.
 _PEAK_HU = 39.3
 _PEAK_WIDTH_HU = 16.1
+
+# What Pillow's decoders raise on files that are cut off or damaged, each in its own way.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 #: What viewers call a brain window.
 _WIDTHS = (80.0, 100.0, 120.0)
@@ -43,6 +56,10 @@ class BadPicture(PermanentError):
     """A file that is no 8-bit picture large enough to show a head."""
 
     code: ClassVar[str] = "bad_picture"
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +81,126 @@ TRAINING_WINDOW = GreyWindow(40.0, 120.0)
 
 
 def read_picture(path: Path) -> Grey:
-    """One picture in grey.
+    """One picture in grey; what is transparent is black.
 
     Raises
     ------
     BadPicture
-        If the file is missing, no picture, has more than 8 bits a sample, or is too small.
+        If the file is missing, no picture, cut off, has more than 8 bits a sample, or is too small.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise BadPicture(f"{path.name}: more than 8 bits a sample; export a brain window")
-            grey = np.asarray(image.convert("RGB").convert("L"))
-    except FileNotFoundError:
-        raise BadPicture(f"{path.name}: no such file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise BadPicture(f"{path.name}: cannot be read ({type(error).__name__})") from None
-    if min(grey.shape) < MIN_SIDE:
-        raise BadPicture(f"{path.name}: {grey.shape[1]} x {grey.shape[0]}, under {MIN_SIDE} pixels")
+    with _opened(path) as image:
+        try:
+            grey = np.asarray(_on_black(image).convert("L"))
+        except _DAMAGED as error:
+            raise BadPicture(path, f"cut off or damaged ({type(error).__name__})") from None
     return grey
 
 
-def head_alone(grey: Grey) -> Grey:
-    """The picture with letters, scales and frames round the head turned to air."""
+def picture_size(path: Path) -> tuple[int, int]:
+    """Rows and columns by the file's header, without decoding.
+
+    Raises
+    ------
+    BadPicture
+        As `read_picture`, but for what only decoding tells.
+    """
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except FileNotFoundError:
+        raise BadPicture(path, "no such file") from None
+    except Image.DecompressionBombError:
+        raise BadPicture(path, "too many pixels") from None
+    except UnidentifiedImageError:
+        raise BadPicture(path, "no picture of a known kind") from None
+    except _DAMAGED as error:
+        raise BadPicture(path, f"cannot be read ({type(error).__name__})") from None
+    if flaw := _flaw(image):
+        image.close()
+        raise BadPicture(path, flaw)
+    return image
+
+
+def _flaw(image: Image.Image) -> str:
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return "more than 8 bits a sample; export a brain window as 8-bit"
+    if min(image.size) < MIN_SIDE:
+        return f"{image.width} x {image.height}, under {MIN_SIDE} pixels"
+    return ""
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    """In colour; the colour under transparent places, often white, is not what was seen."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, (0, 0, 0, 255)), seen).convert("RGB")
+
+
+def without_writing(grey: Grey) -> Grey:
+    """The picture with letters, scales, frames and white paper round the head turned to air.
+
+    Only those: skin that fat parts from the skull, the head's holder and hands stay, as they do in
+    DICOM, on which the model must say the same.
+    """
+    grey = _off_paper(grey)
     head = body_mask(grey.astype(np.float32), _HEAD_ABOVE)
     if not head.any():
         return grey
-    kept = ndimage.binary_dilation(head, iterations=max(1, round(_MARGIN * min(grey.shape))))
-    return np.where(kept, grey, 0).astype(np.uint8)
+    side = min(grey.shape)
+    near = ndimage.distance_transform_edt(~head) <= _NEAR * side
+    named, count = ndimage.label(grey > _HEAD_ABOVE, structure=np.ones((3, 3)))
+    strength = ndimage.maximum(grey, named, np.arange(count + 1))
+    of_head = np.unique(named[near])
+    written = [
+        number
+        for number, place in enumerate(ndimage.find_objects(named), start=1)
+        if number not in of_head
+        and strength[number] >= _INK
+        and _is_written(named[place] == number, place, grey.shape)
+    ]
+    if not written:
+        return grey
+    # Compression leaves a dark fringe round letters.
+    gone = ndimage.binary_dilation(np.isin(named, written), iterations=_FRINGE) & ~near
+    return np.where(gone, 0, grey).astype(np.uint8)
+
+
+def _is_written(mark: NDArray[np.bool_], place: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    """Along an edge as a frame; or clear of all edges, and small as a letter or narrow as a scale.
+
+    A head's holder is cut by the edge, however little of it is seen. In pictures with a black rim
+    that little passes for a letter.
+    """
+    top, left = (part.start == 0 for part in place)
+    bottom, right = (part.stop == whole for part, whole in zip(place, shape, strict=True))
+    edges = (
+        (top, mark[0], shape[1]), (bottom, mark[-1], shape[1]),
+        (left, mark[:, 0], shape[0]), (right, mark[:, -1], shape[0]),
+    )  # fmt: skip
+    if top or bottom or left or right:
+        return any(touches and int(line.sum()) >= _FRAME * n for touches, line, n in edges)
+    shares = sorted(length / whole for length, whole in zip(mark.shape, shape, strict=True))
+    return bool(shares[1] <= _LETTER or shares[0] <= _SCALE)
+
+
+def _off_paper(grey: Grey) -> Grey:
+    """White that reaches the edge is paper where most of the edge is white; else as it was.
+
+    A skull that touches the edge is as white, but takes a small part of it.
+    """
+    white = grey >= _WHITE_FROM
+    edge = np.concatenate([white[0], white[-1], white[:, 0], white[:, -1]])
+    if edge.mean() <= 0.5:
+        return grey
+    named, _ = ndimage.label(white)
+    reaching = np.unique(np.concatenate([named[0], named[-1], named[:, 0], named[:, -1]]))
+    paper = np.isin(named, reaching[reaching > 0])
+    return np.where(paper, 0, grey).astype(np.uint8)
 
 
 def guess_window(pictures: Iterable[Grey]) -> GreyWindow:

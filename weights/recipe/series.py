@@ -1,25 +1,28 @@
 """DICOM studies from disk through the served path: eligibility, volume, input, logits."""
 
+import struct
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from torch import nn
 
 from db.describe import describe
-from db.errors import PermanentError
+from db.errors import NotDicom, PermanentError
 from db.header import InstanceHeader
 from db.meta import Provenance, encode_head
 from db.pixels import read_images
 from db.result import Eligibility
 from inference.bundle import Bundle
 from inference.eligibility import check_pixels, judge
+from inference.manifest import Manifest
 from inference.model import logits
 from inference.predict import Prepared, in_context, prepare
-from inference.volume import Decoded, build_volume
+from inference.volume import Decoded, Volume, build_volume
 
 # Preamble, prefix, and the element that holds the meta group's length (PS3.10 7.1).
 _META_LENGTH_END = 128 + 4 + 12
@@ -49,6 +52,14 @@ def read_series(path: Path, bundle: Bundle) -> Prepared:
     PermanentError
         If an image cannot be read or decoded.
     """
+    volume = read_volume(path, bundle.manifest)
+    if refused := check_pixels(volume, bundle.manifest):
+        raise NotJudged(f"{refused.rule}: {refused.value}, allowed {refused.limit}")
+    return prepare(volume, bundle)
+
+
+def read_volume(path: Path, manifest: Manifest) -> Volume:
+    """What the header rules choose of a study, before the pixel rules; raises as `read_series`."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     paths = {str(number): file for number, file in enumerate(files) if _is_dicom(file)}
     if not paths:
@@ -56,17 +67,14 @@ def read_series(path: Path, bundle: Bundle) -> Prepared:
     headers = {name: _header(file) for name, file in paths.items()}
     if len({header.study_instance_uid for header in headers.values()}) > 1:
         raise NotJudged("more than one study in it")
-    chosen = judge(headers, bundle.manifest)
+    chosen = judge(headers, manifest)
     if isinstance(chosen, Eligibility):
         raise NotJudged(f"{chosen.rule}: {chosen.value}, allowed {chosen.limit}")
     images = []
     for name in chosen.instance_ids:
         meta, arrays = read_images(str(paths[name]))
         images.append(Decoded(name, headers[name], meta, arrays[0]))
-    volume = build_volume(images, bundle.manifest)
-    if refused := check_pixels(volume, bundle.manifest):
-        raise NotJudged(f"{refused.rule}: {refused.value}, allowed {refused.limit}")
-    return prepare(volume, bundle)
+    return build_volume(images, manifest)
 
 
 def _is_dicom(path: Path) -> bool:
@@ -79,9 +87,13 @@ def _is_dicom(path: Path) -> bool:
 
 def _header(path: Path) -> InstanceHeader:
     """By the node's own reader, which knows spooled files only: the meta group is exchanged."""
-    meta = read_file_meta_info(path)
-    dataset = path.read_bytes()[_META_LENGTH_END + meta.FileMetaInformationGroupLength :]
-    ours = encode_head(Provenance(tenant="recipe", transfer_syntax_uid=meta.TransferSyntaxUID))
+    try:
+        meta = read_file_meta_info(path)
+        length, syntax = meta.FileMetaInformationGroupLength, meta.TransferSyntaxUID
+    except (AttributeError, InvalidDicomError, EOFError, ValueError, struct.error):
+        raise NotDicom("a file's meta group is damaged") from None
+    dataset = path.read_bytes()[_META_LENGTH_END + length :]
+    ours = encode_head(Provenance(tenant="recipe", transfer_syntax_uid=syntax))
     with TemporaryDirectory() as folder:
         spooled = Path(folder) / "one.dcm"
         spooled.write_bytes(ours + dataset)
