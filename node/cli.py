@@ -8,7 +8,7 @@ import typer
 
 from config.settings import SettingsError
 from db.errors import NodeError
-from node import administration
+from node import administration, models
 from node.terminal import (
     FAILED,
     WRONG_USAGE,
@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(administration.users, name="users", rich_help_panel=ADMIN)
 app.add_typer(administration.database, name="db", rich_help_panel=ADMIN)
-app.add_typer(administration.models, name="models", rich_help_panel=MODELS)
+app.add_typer(models.models, name="models", rich_help_panel=MODELS)
 
 
 def _not_blank(text: str) -> str:
@@ -248,13 +248,30 @@ def train(
     data: DataFolder,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle to write.")],
     seed: Seed = 0,
-    folds: Annotated[int, typer.Option("--folds", min=2, help="Outer folds, by patient.")] = 5,
+    folds: Annotated[int, typer.Option("--folds", min=3, help="Outer folds, by patient.")] = 5,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=0, help="Judge again with patients parted otherwise.")
+    ] = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="FAMILY", help="Candidates of this family alone; repeat."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.", metavar="NAME")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Train, calibrate and judge a bundle from labelled slices; a stopped run resumes."""
     from node.learning import train as run
 
-    raise typer.Exit(run(data, out, seed=seed, folds=folds, as_json=as_json))
+    plan = {
+        "seed": seed,
+        "folds": folds,
+        "repeats": repeats,
+        "families": tuple(only or ()),
+        "device": device,
+    }
+    raise typer.Exit(run(data, out, plan, as_json=as_json))
 
 
 @app.command(rich_help_panel=MODELS)
@@ -290,6 +307,10 @@ def evaluate(
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write evaluation.html there, too."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="A site's own, for the bundle's."),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -298,7 +319,7 @@ def evaluate(
     from node.learning import evaluate as run
 
     cases = Labelled(data=data, images=images, dicom=dicom, labels=labels, window=window)
-    raise typer.Exit(run(model, cases, seed=seed, to=to, as_json=as_json))
+    raise typer.Exit(run(model, cases, seed=seed, to=to, as_json=as_json, calibration=calibration))
 
 
 @app.command(rich_help_panel=MODELS)
@@ -308,15 +329,37 @@ def calibrate(
         typer.Option(
             "--scores",
             metavar="CSV",
-            help="Columns score,label (raw study score; 0 or 1); patient where one comes twice.",
+            help="Columns score,label (raw study score; 0 or 1); patient where one has several "
+            "studies; study, so that doubles are found.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The calibration to write.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", dir_okay=False, help="The calibration to write."),
+    ],
     model: Annotated[
         str, typer.Option("--model", metavar="NAME", help="A bundle, by name or folder.")
     ] = "ich",
     label: Annotated[str, typer.Option("--label", help="Default: the primary one.")] = "",
     site: Annotated[str, typer.Option("--site", help="Whose studies, in words.")] = "this site",
+    scale: Annotated[
+        str,
+        typer.Option(
+            "--scale",
+            metavar="auto|logit|output",
+            help="What a score is: a logit, as `predict --json` gives it, or the uncalibrated "
+            "output 0..1 of reports; auto: logits, and asks where all lie within 0..1.",
+        ),
+    ] = "auto",
+    prevalence: Annotated[
+        float | None,
+        typer.Option(
+            "--prevalence",
+            metavar="SHARE",
+            help="The site's share of positive studies, such as 0.06, where negatives are a random "
+            "sample. Default: studies are consecutive, and their share is the site's.",
+        ),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -325,9 +368,11 @@ def calibrate(
     Needs 50 positive and 50 negative patients. Negatives must be consecutive or randomly sampled:
     hand-picked ones give probabilities that mean nothing.
     """
+    from node.learning import SiteTable
     from node.learning import calibrate as run
 
-    raise typer.Exit(run(model, scores, out, label=label, site=site, seed=seed, as_json=as_json))
+    table = SiteTable(scores=scores, scale=scale, prevalence=prevalence, site=site)
+    raise typer.Exit(run(model, table, out, label=label, seed=seed, as_json=as_json))
 
 
 quarantine = typer.Typer(no_args_is_help=True, help="What was set aside, and why.")

@@ -5,18 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from node.bundles import folder_of
+from node.calibration_words import show_calibration
 from node.terminal import SUCCESS, WRONG_USAGE, complain, report
 
 if TYPE_CHECKING:  # torch is loaded only where it is needed
     from inference.bundle import Bundle
     from weights.recipe.cases import Source
+    from weights.recipe.scores import Scale
 
 MANIFEST_OF_DATA = "manifest.csv"
 HEADLINE = (
@@ -27,19 +29,29 @@ HEADLINE = (
     "brier",
     "log_loss",
     "calibration_slope",
+    "calibration_intercept",
+    "calibration_in_the_large",
+    "ece",
     "slice_auc",
 )
 SHOWN_LEFT_OUT = 10
 
 
-def train(data: Path, out: Path, *, seed: int, folds: int, as_json: bool) -> int:
-    """Write a bundle into `out`; prints its figures."""
-    from weights.recipe.train import train as run
+def train(data: Path, out: Path, plan: dict[str, Any], *, as_json: bool) -> int:
+    """Write a bundle into `out`; prints its figures.
+
+    plan : fields of `weights.recipe.train.Plan`
+    """
+    from weights.recipe.checks import check_training
 
     if _is_not_data(data):
         return WRONG_USAGE
+    check_training(data, plan["folds"])
+    from weights.recipe.train import Plan  # only now torch, which takes its time
+    from weights.recipe.train import train as run
+
     with _bars(is_quiet=as_json) as progress:
-        figures = run(data, out, seed=seed, folds=folds, progress=progress)
+        figures = run(data, out, plan=Plan(**plan), progress=progress)
     report(figures, lambda _, to: to.print(f"bundle, card and report in {out}"), as_json=as_json)
     return SUCCESS
 
@@ -75,8 +87,19 @@ class Labelled:
         return ""
 
 
-def evaluate(model: str, cases: Labelled, *, seed: int, to: Path | None, as_json: bool) -> int:
-    """Figures of a bundle as it stands on disk; with `to`, a page of them in that folder."""
+def evaluate(
+    model: str,
+    cases: Labelled,
+    *,
+    seed: int,
+    to: Path | None,
+    as_json: bool,
+    calibration: Path | None = None,
+) -> int:
+    """Figures of a bundle as it stands on disk; with `to`, a page of them in that folder.
+
+    calibration : a site's own file in place of the bundle's
+    """
     from inference.bundle import load_bundle
     from inference.model import load_model
     from weights.recipe.evaluate import evaluate as run
@@ -87,7 +110,7 @@ def evaluate(model: str, cases: Labelled, *, seed: int, to: Path | None, as_json
         return WRONG_USAGE
     if cases.data is not None and _is_not_data(cases.data):
         return WRONG_USAGE
-    bundle = load_bundle(folder_of(model))
+    bundle = load_bundle(folder_of(model), calibration=calibration)
     network = load_model(bundle)
     source = _source(cases, bundle)
     with _bars(is_quiet=as_json) as progress:
@@ -99,13 +122,37 @@ def evaluate(model: str, cases: Labelled, *, seed: int, to: Path | None, as_json
     return SUCCESS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteTable:
+    """A site's scores and labels, and what their table cannot say."""
+
+    scores: Path
+    scale: str = "auto"  # weights.recipe.scores.SCALES
+    prevalence: float | None = None  # where negatives are a random sample
+    site: str = "this site"  # in words
+
+    def wrong(self) -> str:
+        """What is wrong with it, empty if nothing."""
+        from weights.recipe.scores import SCALES
+
+        if self.scale not in SCALES:
+            return f"--scale {self.scale!r} is none of {', '.join(SCALES)}"
+        if self.prevalence is not None and not 0 < self.prevalence < 1:
+            return f"--prevalence {self.prevalence} is no share between 0 and 1, such as 0.06"
+        return ""
+
+
 def calibrate(
-    model: str, scores: Path, out: Path, *, label: str, site: str, seed: int, as_json: bool
+    model: str, table: SiteTable, out: Path, *, label: str, seed: int, as_json: bool
 ) -> int:
     """Write a site's calibration file; prints how the old map and the new one fare."""
     from inference.bundle import load_bundle
-    from weights.recipe.site import read_scores, recalibrate
+    from weights.recipe.scores import read_scores
+    from weights.recipe.site import recalibrate
 
+    if words := table.wrong():
+        complain(words)
+        return WRONG_USAGE
     bundle = load_bundle(folder_of(model))
     name = label or bundle.manifest.labels[0].id
     if name not in bundle.calibrations:
@@ -113,46 +160,30 @@ def calibrate(
             f"{bundle.name} has no calibrated label {name!r}: {', '.join(bundle.calibrations)}"
         )
         return WRONG_USAGE
-    today = dt.datetime.now(dt.UTC).date().isoformat()
     figures = recalibrate(
-        bundle, read_scores(scores), out, label=name, site=site, at=today, seed=seed
+        bundle,
+        read_scores(table.scores, cast("Scale", table.scale)),
+        out,
+        label=name,
+        site=table.site,
+        at=dt.datetime.now(dt.UTC).date().isoformat(),
+        prevalence=table.prevalence,
+        seed=seed,
     )
-    report(figures, lambda made, to: _show_calibration(made, out, to), as_json=as_json)
+    report(figures, lambda made, to: show_calibration(made, out, to), as_json=as_json)
     return SUCCESS
-
-
-def _show_calibration(made: dict[str, Any], out: Path, to: Console) -> None:
-    to.print(
-        f"{made['bundle']} {made['version']}, label {made['label']}: {made['n']} studies of "
-        f"{made['n_patients']} patients, {made['positives']} positive "
-        f"(prevalence {made['prevalence']})"
-    )
-    note = f" ({escape(made['note'])})" if made["note"] else ""
-    to.print(f"  map: {made['method']}{note}; log-losses {made['log_losses']}")
-    for name in ("brier", "log_loss", "slope", "in_the_large"):
-        old, new = (_range(made[when][name]) for when in ("before", "after"))
-        to.print(f"  {name:14} before {old:32} after {new}")
-    for when in ("before", "after"):
-        point = made["threshold"][when]
-        to.print(
-            f"  threshold {made['threshold']['value']} {when}: raw score {point['raw_score']}, "
-            f"sensitivity {point['sensitivity']}, specificity {point['specificity']}"
-        )
-    to.print(f"[yellow]{made['sampling']}[/]")
-    to.print(f"calibration {made['calibration_id']} (was {made['replaces']}) in {escape(str(out))}")
-
-
-def _range(figure: dict[str, float]) -> str:
-    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
 
 
 def _source(cases: Labelled, bundle: "Bundle") -> "Source":
     from weights.recipe import cases as kinds
+    from weights.recipe.checks import check_pictures
     from weights.recipe.data import read_cohort
     from weights.recipe.pictures import parse_window
 
     if cases.data is not None:
-        return kinds.from_cohort(read_cohort(cases.data), bundle.manifest)
+        cohort = read_cohort(cases.data)
+        check_pictures(cohort)
+        return kinds.from_cohort(cohort, bundle.manifest)
     assert cases.labels is not None  # `wrong` has seen to it
     if cases.images is not None:
         return kinds.from_pictures(
@@ -178,7 +209,12 @@ def _show(figures: dict[str, Any], to: Console) -> None:
     )
     for name in HEADLINE:
         if name in figures:
-            to.print(f"  {name:18} {_with_interval(figures[name], figures['intervals'][name])}")
+            to.print(f"  {name:24} {_with_interval(figures[name], figures['intervals'][name])}")
+    perfect = figures["ece_if_perfect"]
+    to.print(
+        f"  {'ece if perfect':24} {perfect['mean']:.4f} "
+        f"({perfect['low']:.4f} to {perfect['high']:.4f}), at this n"
+    )
     for note in figures["notes"]:
         to.print(f"[dim]assumed: {escape(note)}[/]")
     for one in figures["left_out"][:SHOWN_LEFT_OUT]:

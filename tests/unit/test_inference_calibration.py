@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
 from db.result import CalibratedProbability, RawScore
-from inference.calibration import LabelCalibration, calibrate, implied, shift
+from inference.calibration import LabelCalibration, calibrate, implied, log_odds, shift
 
 FITTED = {"prevalence": 0.4, "n_positive": 40, "n_negative": 60}
 logits = st.floats(-30, 30)
@@ -88,6 +88,80 @@ def test_presence_never_changes_with_a_sites_prevalence(calibration, logit, refe
 @given(shares, shares, shares)
 def test_a_shift_can_be_undone(probability, one, other):
     assert shift(shift(probability, one, other), other, one) == pytest.approx(probability)
+
+
+@given(shares, shares, shares, shares)
+def test_shifts_compose(probability, one, other, third):
+    by_way = shift(shift(probability, one, other), other, third)
+
+    assert by_way == pytest.approx(shift(probability, one, third), rel=1e-9)
+
+
+@given(shares, shares, shares)
+def test_a_shift_moves_log_odds_by_the_difference_of_the_prevalences(probability, one, other):
+    moved = log_odds(shift(probability, one, other)) - log_odds(probability)
+
+    assert moved == pytest.approx(log_odds(other) - log_odds(one), abs=1e-9)
+
+
+@given(shares, shares)
+def test_the_prevalence_itself_becomes_the_other_prevalence(one, other):
+    assert shift(one, one, other) == pytest.approx(other)
+
+
+@given(shares, shares, shares, shares)
+def test_a_shift_keeps_the_order(one, other, prevalence, to):
+    low, high = sorted((one, other))
+
+    assert shift(low, prevalence, to) <= shift(high, prevalence, to) + 1e-15
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_certainty_stays_finite_and_on_its_side(probability):
+    assert abs(shift(probability, 0.4, 0.04) - probability) < 1e-9
+
+
+@given(st.sampled_from(calibrations()), logits, shares, shares, shares)
+def test_the_side_of_a_threshold_is_the_same_at_every_prevalence(
+    calibration, logit, reference, one, other
+):
+    """Shown probabilities move; what is compared does not, nor does their order with a threshold
+    that is moved along."""
+    threshold = 0.3618
+    shown = [
+        calibrate(RawScore(logit), calibration, reference_prevalence=reference, site_prevalence=p)
+        for p in (None, one, other)
+    ]
+
+    assert len({made.reference >= threshold for made in shown}) == 1
+    for made in shown:
+        moved = shift(threshold, reference, made.prevalence)
+        if abs(made.value - moved) > 1e-9:
+            assert (made.value >= moved) == (made.reference >= threshold)
+
+
+@given(st.sampled_from(calibrations()), logits, logits, shares, st.none() | shares)
+def test_what_is_shown_keeps_the_order_of_raw_scores(calibration, one, other, reference, site):
+    """Through all four steps; within the last digit of a float."""
+    low, high = (
+        calibrate(RawScore(z), calibration, reference_prevalence=reference, site_prevalence=site)
+        for z in sorted((one, other))
+    )
+
+    assert low.reference <= high.reference + 1e-15
+    assert low.value <= high.value + 1e-15
+
+
+@given(st.sampled_from(calibrations()), shares, st.none() | shares)
+def test_far_scores_reach_the_clips(calibration, reference, site):
+    far = [
+        calibrate(RawScore(z), calibration, reference_prevalence=reference, site_prevalence=site)
+        for z in (-1000.0, 1000.0)
+    ]
+
+    assert far[0].value == pytest.approx(far[0].lower_clip, rel=1e-12)
+    assert far[1].value == pytest.approx(far[1].upper_clip, rel=1e-12)
+    assert (far[0].reference, far[1].reference) == calibration.clips(reference)
 
 
 def test_a_lower_prevalence_lowers_the_shown_probability_as_bayes_says():

@@ -3,15 +3,19 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from scipy.special import expit
 from typer.testing import CliRunner
 
+from db.result import RawScore
 from inference.bundle import load_bundle
+from inference.calibration import calibrate
 from inference.model import load_model
 from node.cli import app
 from tests.builders import ctich_study, real_size_study
@@ -25,9 +29,9 @@ from weights.recipe.pictures import (
     BadPicture,
     GreyWindow,
     guess_window,
-    head_alone,
     parse_window,
     read_picture,
+    without_writing,
 )
 
 DATA = Path(os.environ.get("VIGIL_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -105,6 +109,79 @@ def test_the_figures_are_those_of_the_scores(bundle):
     assert figures["specificity"] == np.mean(np.array([0.6, 0.1]) < threshold)
 
 
+def some_scores(n=60, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = np.arange(n) < n // 3
+    logits = rng.normal(0, 1.5, n) + truth
+    return Scores(
+        names=tuple(map(str, range(n))),
+        groups=("",) * n,
+        truth=truth,
+        study_logit=logits,
+        probability=np.clip(expit(logits), 0.02, 0.98),
+        image_logits=tuple(np.array([z]) for z in logits),
+        image_truth=(None,) * n,
+        left_out=(),
+    )
+
+
+def test_calibration_and_predictive_values_are_among_the_figures(bundle):
+    scores = some_scores()
+
+    figures = figures_of(scores, bundle, seed=0)
+
+    for name in ("calibration_intercept", "calibration_in_the_large", "ece"):
+        assert figures["intervals"][name][0] < figures["intervals"][name][1]
+        assert isinstance(figures[name], float)
+    perfect = figures["ece_if_perfect"]
+    assert 0 < perfect["low"] < perfect["mean"] < perfect["high"] < 1
+    shares = [line["prevalence"] for line in figures["predictive_values"]]
+    assert shares == [0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.2, figures["reference_prevalence"]]
+    assert sum(map(sum, figures["confusion"])) == len(scores.truth)
+    json.dumps(figures, allow_nan=False)
+
+
+def test_probabilities_are_judged_where_thresholds_live(pictures, bundle, model, tmp_path):
+    """A calibration fitted at another prevalence than the reference, as a site's own is."""
+    own = tmp_path / "calibration.toml"
+    text = (bundle.folder / "calibration.toml").read_text()
+    own.write_text(text.replace("prevalence = 0.4", "prevalence = 0.05", 1))
+    served = load_bundle(bundle.folder, calibration=own)
+    alone = replace(served, manifest=implying_nothing(served.manifest))
+    folder, labels = pictures
+
+    scores = score(cases.from_pictures(folder, labels, bundle.manifest, HALF), alone, model)
+
+    np.testing.assert_allclose(scores.probability, on_its_own(scores, served))
+
+
+def test_what_implies_the_primary_label_raises_it_as_in_a_served_study(pictures, bundle, model):
+    folder, labels = pictures
+
+    scores = score(cases.from_pictures(folder, labels, bundle.manifest, HALF), bundle, model)
+
+    own = np.array(on_its_own(scores, bundle))
+    assert (scores.probability >= own - 1e-12).all()
+    assert (scores.probability > own).any()
+
+
+def on_its_own(scores, bundle):
+    """The primary label's probabilities by its calibration alone, on the reference scale."""
+    label = bundle.manifest.labels[0]
+    return [
+        calibrate(
+            RawScore(float(z)),
+            bundle.calibrations[label.id],
+            reference_prevalence=label.reference_prevalence,
+        ).reference
+        for z in scores.study_logit
+    ]
+
+
+def implying_nothing(manifest):
+    return replace(manifest, labels=tuple(replace(x, implies=()) for x in manifest.labels))
+
+
 def test_one_class_alone_gives_nulls_not_nan(pictures, bundle, model, tmp_path):
     folder, _ = pictures
     labels = table(tmp_path / "l.csv", ("file", "label"), [("0.png", 1), ("2.png", 1)])
@@ -129,7 +206,9 @@ def test_one_class_alone_gives_nulls_not_nan(pictures, bundle, model, tmp_path):
         ("file,label\n0.png\n", "line 2: label ''"),
         ("file,label\n0.png,1\n0.png,0\n", "line 3: 0.png is there twice"),
         ("file,label\n../0.png,1\n", "no name inside the folder"),
-        ("file,label\nnone.png,1\n", "1 files are not in"),
+        ("file,label\nnone.png,1\n", "line 2: 1 of 1 names are not in"),
+        (f"file,label\n{'n' * 300}.png,1\n", "line 2: 1 of 1 names are not in"),
+        ("file,label,label\n0.png,1,0\n", "two columns 'label'"),
         ("file,label\n", "no lines"),
         ("", "no lines"),
     ],
@@ -149,6 +228,22 @@ def test_spreadsheets_habits_are_understood(pictures, bundle, tmp_path):
     source = cases.from_pictures(pictures[0], labels, bundle.manifest, HALF)
 
     assert [case.truth for case in source.cases] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file;label\n0.png;1\n1.png;0\n",
+        "file\tlabel\r\n0.png\t1\r\n1.png\t0\r\n",
+        "label,site,file\n\n1,x,0.png\n\nnegative,y,1.png\n,,\n",
+    ],
+)
+def test_tables_of_other_countries_and_orders_are_read(pictures, bundle, tmp_path, text):
+    (tmp_path / "l.csv").write_text(text)
+
+    source = cases.from_pictures(pictures[0], tmp_path / "l.csv", bundle.manifest, HALF)
+
+    assert [(case.name, case.truth) for case in source.cases] == [("0.png", True), ("1.png", False)]
 
 
 def test_what_is_no_picture_is_left_out_by_name(pictures, bundle, model, tmp_path):
@@ -181,10 +276,54 @@ def test_letters_beside_the_head_change_nothing(bundle):
     np.testing.assert_array_equal(plain, cleaned)
 
 
+def fringed(grey):
+    """With skin that fat parts from the skull, and a holder that the edge cuts."""
+    rows, columns = np.indices(grey.shape)
+    at = np.array(grey.shape) / 2
+    radius = np.hypot(
+        (rows - at[0]) / (0.465 * grey.shape[0]), (columns - at[1]) / (0.385 * at[1] * 2)
+    )
+    made = np.where(np.abs(radius - 1) < 0.01, 120, grey)
+    made[-20:, :60] = 200
+    return made.astype(np.uint8)
+
+
+def test_skin_and_holder_are_no_writing():
+    grey = fringed(picture(drawn_head()))
+
+    assert np.array_equal(without_writing(grey), grey)
+
+
+@pytest.mark.parametrize("border", [3, 40])
+def test_white_paper_round_a_picture_becomes_air(border):
+    grey = picture(drawn_head())
+    framed = np.pad(grey, border, constant_values=255)
+
+    assert np.array_equal(without_writing(framed), np.pad(grey, border))
+
+
+def test_what_is_transparent_is_black_whatever_its_colour(tmp_path):
+    grey = picture(drawn_head())
+    alpha = np.where(grey > 0, 255, 0).astype(np.uint8)
+    white = np.where(grey > 0, grey, 255).astype(np.uint8)
+    Image.fromarray(np.dstack([white, white, white, alpha]), "RGBA").save(tmp_path / "a.png")
+
+    assert np.array_equal(read_picture(tmp_path / "a.png"), grey)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "CMYK"])
+def test_a_picture_is_read_alike_in_every_mode(tmp_path, mode):
+    grey = picture(drawn_head())
+    path = tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}"
+    Image.fromarray(grey).convert(mode).save(path)
+
+    assert np.abs(read_picture(path).astype(int) - grey).max() <= 1
+
+
 def test_a_picture_without_a_head_is_left_as_it_is():
     empty = np.zeros((100, 100), np.uint8)
 
-    assert np.array_equal(head_alone(empty), empty)
+    assert np.array_equal(without_writing(empty), empty)
 
 
 @pytest.mark.parametrize("width", [80.0, 120.0])
@@ -228,6 +367,16 @@ def test_dicom_studies_are_judged_and_refusals_named(bundle, model, tmp_path):
     reasons = {one["name"]: one["reason"] for one in figures["left_out"]}
     assert reasons["empty"] == "no DICOM file in it"
     assert "allowed" in reasons["chest"]
+
+
+@pytest.mark.parametrize("rest", [b"", b"\xff" * 300, b"\x02\x00\x00\x00UL\x04\x00" + bytes(4)])
+def test_a_damaged_dicom_file_leaves_its_study_out(bundle, tmp_path, rest):
+    (tmp_path / "one").write_bytes(bytes(128) + b"DICM" + rest)
+    labels = table(tmp_path / "l.csv", ("path", "label"), [("one", 1)])
+
+    (left_out,) = cases.from_studies(tmp_path, labels, bundle).cases
+
+    assert left_out.reason == "not_dicom: a file's meta group is damaged"
 
 
 def test_pictures_and_the_dicom_made_of_them_get_the_same_logits(tmp_path):
@@ -274,7 +423,7 @@ def test_the_page_stands_alone_and_escapes_names(pictures, bundle, model, tmp_pa
     assert links.loads == []
     assert links.pictures == 2
     assert "<b>0" not in text
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 5
 
 
 def run(*arguments):

@@ -12,18 +12,25 @@ from torch import nn
 from db.errors import PermanentError
 from inference.bundle import Bundle
 from inference.model import logits
-from inference.predict import aggregate, in_context
-from weights.recipe.calibrate import apply, log_loss
+from inference.predict import in_context, study_scores
 from weights.recipe.cases import Case, LeftOut, Source
 from weights.recipe.features import Progress, silent
-from weights.recipe.figures import auc, brier, calibration_slope, share, with_interval
+from weights.recipe.figures import auc, calibration_figures, known, with_interval
+from weights.recipe.operating import PREVALENCES, operating_point
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
 _BATCH = 32
-_SLOW_BOOTSTRAPS = 500  # each draw is a fit
+_CALIBRATION = (
+    "brier",
+    "log_loss",
+    "calibration_slope",
+    "calibration_intercept",
+    "calibration_in_the_large",
+    "ece",
+)
 
 #: Kept for a report: so many of each kind, the clearest first.
 _SAMPLES = 3
@@ -99,11 +106,10 @@ class _Scorer:
             return
         starts = range(0, len(case.inputs), _BATCH)
         parts = [logits(self._model, case.inputs[i : i + _BATCH]) for i in starts]
-        outputs, context = np.concatenate(parts), self._bundle.manifest.study.context
-        z = in_context(outputs, context)[:, 0].astype(np.float64)
-        study = aggregate(z, self._bundle.manifest.study.aggregation)
-        calibration = self._bundle.calibrations[self._primary.id]
-        p = float(apply(calibration, np.array([study]))[0])
+        by_image = in_context(np.concatenate(parts), self._bundle.manifest.study.context)
+        raws, chances = study_scores(by_image, self._bundle, {})
+        z, p = by_image[:, 0].astype(np.float64), chances[self._primary.id].reference
+        study = raws[0].logit
         self._done.append((case.name, case.group, case.truth, study, p, z, case.image_truth))
         self._keep(case, p, z)
 
@@ -155,14 +161,20 @@ def evaluate(
 
 
 def figures_of(scores: Scores, bundle: Bundle, *, seed: int) -> dict[str, Any]:
-    """Numbers at the top, their intervals under `intervals` by the same names."""
+    """Numbers at the top, their intervals under `intervals` by the same names.
+
+    What belongs to one threshold (sensitivity, specificity, confusion, PPV and NPV by prevalence)
+    stands at the top for the one that serves, and under `operating_points` for each.
+    """
     manifest, primary = bundle.manifest, bundle.manifest.labels[0]
     assert primary.threshold is not None  # the manifest has seen to it
-    found = _Figures(scores, seed)
+    assert primary.reference_prevalence is not None
+    found = _Figures(scores, primary.reference_prevalence, seed)
     made: dict[str, Any] = {
         "bundle": manifest.name,
         "version": manifest.version,
         "weights_sha256": manifest.weights_sha256,
+        "calibration_id": bundle.calibration_id,
         "trained_on": list(manifest.trained_on),
         "label": primary.id,
         "n": len(scores.truth),
@@ -171,6 +183,7 @@ def figures_of(scores: Scores, bundle: Bundle, *, seed: int) -> dict[str, Any]:
         "n_images": sum(len(z) for z in scores.image_logits),
         "n_left_out": len(scores.left_out),
         "threshold": primary.threshold,
+        "reference_prevalence": primary.reference_prevalence,
         **found.values(primary.threshold),
     }
     made["operating_points"] = {
@@ -179,50 +192,45 @@ def figures_of(scores: Scores, bundle: Bundle, *, seed: int) -> dict[str, Any]:
     }
     made["intervals"] = found.intervals
     made["left_out"] = [{"name": one.name, "reason": one.reason} for one in scores.left_out]
-    return made
+    return known(made)
 
 
 class _Figures:
     """Takes figures of some scores, and keeps each one's interval."""
 
-    def __init__(self, scores: Scores, seed: int) -> None:
+    def __init__(self, scores: Scores, reference: float, seed: int) -> None:
         self._scores = scores
+        self._reference = reference
         self._seed = seed
         self.patients = scores.patients()
-        self.intervals: dict[str, list[float | None]] = {}
+        self.intervals: dict[str, list[float]] = {}
 
-    def values(self, threshold: float) -> dict[str, float | None]:
-        p, y = self._scores.probability, self._scores.truth
-        z = self._scores.study_logit
-        made = {
+    def values(self, threshold: float) -> dict[str, Any]:
+        p, y, z = self._scores.probability, self._scores.truth, self._scores.study_logit
+        made: dict[str, Any] = {
             # By the raw score: the ends of the probability are clipped, and ties would cost.
-            "auc": self._take("auc", lambda r: auc(z[r], y[r])),
-            "average_precision": self._take("average_precision", lambda r: _precision(z[r], y[r])),
-            **self._shares(threshold),
-            "brier": self._take("brier", lambda r: brier(p[r], y[r])),
-            "log_loss": self._take("log_loss", lambda r: log_loss(p[r], y[r])),
-            "calibration_slope": self._take(
-                "calibration_slope", lambda r: _slope(p[r], y[r]), _SLOW_BOOTSTRAPS
+            "auc": self._take("auc", self._interval(lambda r: auc(z[r], y[r]))),
+            "average_precision": self._take(
+                "average_precision", self._interval(lambda r: _precision(z[r], y[r]))
             ),
         }
-        return made | self._by_image()
+        at = self.at(threshold)
+        made |= {name: self._take(name, at.pop(name)) for name in ("sensitivity", "specificity")}
+        calibration = calibration_figures(p, y, self.patients, seed=self._seed)
+        made |= {name: self._take(name, calibration.pop(name)) for name in _CALIBRATION}
+        return made | calibration | at | self._by_image()
 
-    def at(self, threshold: float) -> dict[str, dict[str, float | None]]:
-        """Sensitivity and specificity with their intervals, at one operating point."""
-        p, y = self._scores.probability, self._scores.truth
-        return {
-            "sensitivity": self._figure(lambda r: share(p[r][y[r]] >= threshold)),
-            "specificity": self._figure(lambda r: share(p[r][~y[r]] < threshold)),
-        }
+    def at(self, threshold: float) -> dict[str, Any]:
+        """One threshold's shares with their intervals, confusion and predictive values."""
+        return operating_point(
+            self._scores.probability >= threshold,
+            self._scores.truth,
+            self.patients,
+            prevalences=(*PREVALENCES, self._reference),
+            seed=self._seed,
+        )
 
-    def _shares(self, threshold: float) -> dict[str, float | None]:
-        made = {}
-        for name, figure in self.at(threshold).items():
-            made[name] = figure["value"]
-            self.intervals[name] = [figure["low"], figure["high"]]
-        return made
-
-    def _by_image(self) -> dict[str, float | None]:
+    def _by_image(self) -> dict[str, float]:
         """The slices' AUC, where studies come with labels for each."""
         scores = self._scores
         labelled = [
@@ -237,28 +245,17 @@ class _Figures:
         starts = ends - [len(part) for part, _ in labelled]
         rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)]
         groups = [np.concatenate([rows[i] for i in some]) for some in self.patients]
-        figure = self._figure(lambda r: auc(z[r], y[r]), groups=groups)
-        self.intervals["slice_auc"] = [figure["low"], figure["high"]]
-        return {"slice_auc": figure["value"]}
+        figure = self._interval(lambda r: auc(z[r], y[r]), groups)
+        return {"slice_auc": self._take("slice_auc", figure)}
 
-    def _take(
-        self, name: str, figure: Callable[[Rows], float], bootstraps: int = 2000
-    ) -> float | None:
-        found = self._figure(figure, bootstraps)
-        self.intervals[name] = [found["low"], found["high"]]
-        return found["value"]
+    def _take(self, name: str, figure: dict[str, float]) -> float:
+        self.intervals[name] = [figure["low"], figure["high"]]
+        return figure["value"]
 
-    def _figure(
-        self,
-        figure: Callable[[Rows], float],
-        bootstraps: int = 2000,
-        *,
-        groups: Sequence[Rows] | None = None,
-    ) -> dict[str, float | None]:
-        """JSON has no NaN: what cannot be said of this set is null."""
-        chosen = self.patients if groups is None else groups
-        found = with_interval(figure, chosen, seed=self._seed, bootstraps=bootstraps)
-        return {name: value if np.isfinite(value) else None for name, value in found.items()}
+    def _interval(
+        self, figure: Callable[[Rows], float], groups: Sequence[Rows] | None = None
+    ) -> dict[str, float]:
+        return with_interval(figure, self.patients if groups is None else groups, seed=self._seed)
 
 
 def _precision(score: Floats, truth: Bools) -> float:
@@ -266,9 +263,3 @@ def _precision(score: Floats, truth: Bools) -> float:
     if not truth.any() or truth.all():
         return float("nan")
     return float(average_precision_score(truth, score))
-
-
-def _slope(probability: Floats, truth: Bools) -> float:
-    if not truth.any() or truth.all():
-        return float("nan")
-    return calibration_slope(probability, truth)
