@@ -63,7 +63,7 @@ class ScpSettings(_Part):
 
 
 class InferenceSettings(_Part):
-    models: tuple[str, ...] = ("ich",)  # folders under weights/, or paths; all stay resident
+    models: tuple[str, ...] = ("ich",)  # folders under weights/, or paths
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     max_batch: int = Field(default=32, ge=1, le=1024)  # images
     engine: Literal["local"] = "local"  # "ray" is not in this version

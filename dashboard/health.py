@@ -148,20 +148,19 @@ def _existing(folder: Path) -> Path:
 
 
 def _model(session: Session) -> Check:
-    loaded = [
-        name
-        for one in processes(session)
-        if one.stage == "inference" and one.is_alive
-        for name in _models(one.detail)
-    ]
+    alive = [one for one in processes(session) if one.stage == "inference" and one.is_alive]
+    loaded = {name for one in alive for name in _names(one.detail, "models")}
+    refused = {name for one in alive for name in _names(one.detail, "refused")}
+    if refused:  # the studies of whoever has it active wait
+        return Check("model", False, f"cannot be loaded: {', '.join(sorted(refused))}")
     if not loaded:
         return Check("model", False, "no inference process has reported a loaded model lately")
-    return Check("model", True, f"loaded: {', '.join(sorted(set(loaded)))}")
+    return Check("model", True, f"loaded: {', '.join(sorted(loaded))}")
 
 
-def _models(detail: dict[str, object]) -> list[str]:
-    models = detail.get("models")
-    return [str(name) for name in models] if isinstance(models, dict) else []
+def _names(detail: dict[str, object], key: str) -> list[str]:
+    named = detail.get(key)
+    return [str(name) for name in named] if isinstance(named, dict) else []
 
 
 def _spool(settings: Settings) -> Check:

@@ -111,6 +111,20 @@ def link_all(pairs: Iterable[tuple[Path, Path]]) -> None:
             sync_folder(folder)
 
 
+def copy_durably(source: Path, target: Path) -> None:
+    """Write a copy that changes no more with its source; parents are made.
+
+    Raises
+    ------
+    DiskFull, StorageError
+        Nothing is left behind then.
+    """
+    with storage_errors():
+        make_folder(target.parent)
+        _copy(source, target)
+        sync_folder(target.parent)
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -147,6 +161,11 @@ def quarantine_path(data_dir: Path, tenant: str, instance_id: uuid.UUID) -> Path
 def returned_path(data_dir: Path, tenant: str, instance_id: uuid.UUID) -> Path:
     """Where our own objects lie that somebody sent back."""
     return data_dir / "returned" / tenant / f"{instance_id}.dcm"
+
+
+def models_folder(data_dir: Path) -> Path:
+    """Where activated versions of bundles lie: <bundle>/<version>+<calibration>/."""
+    return data_dir / "models"
 
 
 def result_folder(data_dir: Path, tenant: str, result_id: uuid.UUID) -> Path:

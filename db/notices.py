@@ -61,13 +61,15 @@ class Notice:
         return cls(**fields)
 
 
-def present(session: Session, model: ModelIdentity, output: OutputSpec) -> None:
-    """Write down how a bundle that serves presents itself; the last one to do so counts."""
+def present(
+    session: Session, model: ModelIdentity, output: OutputSpec, *, folder: str = ""
+) -> None:
+    """Write down how a version that serves presents itself; the last one to do so counts."""
     row = {"model": asdict(model), "output": asdict(output)}
     session.execute(
         insert(BundleRow)
-        .values(name=model.bundle, **row)
-        .on_conflict_do_update(index_elements=["name"], set_={**row, "at": func.now()})
+        .values(name=model.bundle, folder=folder, **row)
+        .on_conflict_do_update(index_elements=["name", "folder"], set_={**row, "at": func.now()})
     )
 
 
@@ -120,7 +122,8 @@ def sources(session: Session, job: queue.ClaimedJob) -> list[ImageRef]:
         If the analysis was opened again.
     BundleUnknown, NothingStored
     """
-    _bundle(session, queue.analysis_of(session, job).bundle)
+    analysis = queue.analysis_of(session, job)
+    _bundle(session, analysis.bundle, analysis.bundle_folder)
     rows = session.scalars(
         select(InstanceRow)
         .where(InstanceRow.study_id == job.study_id, InstanceRow.stored_at.is_not(None))
@@ -162,15 +165,15 @@ def draw(session: Session, job: queue.ClaimedJob, source: ImageRef) -> NoticeRow
     return row
 
 
-def _bundle(session: Session, name: str) -> BundleRow:
-    bundle = session.get(BundleRow, name)
+def _bundle(session: Session, name: str, folder: str) -> BundleRow:
+    bundle = session.get(BundleRow, (name, folder))
     if bundle is None:
         raise BundleUnknown("no inference process has presented the bundle yet")
     return bundle
 
 
 def _notice(session: Session, row: AnalysisRow, source: ImageRef) -> Notice:
-    bundle = _bundle(session, row.bundle)
+    bundle = _bundle(session, row.bundle, row.bundle_folder)
     return Notice(
         notice_uuid=str(uuid.uuid4()),
         ended_at=row.updated_at.astimezone(dt.UTC).isoformat(timespec="seconds"),

@@ -11,6 +11,7 @@ from sqlalchemy import (
     ColumnElement,
     Exists,
     Integer,
+    and_,
     case,
     cast,
     exists,
@@ -18,11 +19,12 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from db import studies
+from db import activations, studies
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
 from db.job import BACKOFF_MAX_S, MAX_ATTEMPTS, JobKind, JobState, Lane, backoff_s
 from db.study import NEXT_JOB, SETTLED, AnalysisEvent, AnalysisState
@@ -51,6 +53,7 @@ class ClaimedJob:
     attempts: int
     crashes: int
     worker: str
+    version: activations.Version  # what serves the tenant at this moment
     is_suspect: bool = False  # its last worker died: run it alone
 
 
@@ -60,13 +63,16 @@ def claim(
     worker: str,
     *,
     lease_s: float = DEFAULT_LEASE_S,
-    bundles: Sequence[str] | None = None,
+    versions: Sequence[activations.Version] | None = None,
 ) -> ClaimedJob | None:
     """Claim the most urgent job that is due; commit before working on it.
 
     Lanes first, with ageing; inside a lane the tenant with the least work under way. A held
-    study's objects are not built. `bundles` limits it to analyses that this worker can serve.
+    study's objects are not built. `versions` limits it to analyses that this worker can serve: what
+    serves a tenant is read with the job, so that nobody works for it with a version of yesterday.
     """
+    if versions is not None and not versions:
+        return None
     doing = aliased(JobRow)
     busy = (
         select(func.count())
@@ -74,16 +80,22 @@ def claim(
         .where(doing.tenant == JobRow.tenant, doing.state == JobState.DOING)
         .scalar_subquery()
     )
+    newest = activations.newest()
+    folder = activations.folder_that_serves(newest)
     query = (
-        select(JobRow, StudyRow.id)
+        select(JobRow, StudyRow.id, AnalysisRow.bundle, folder)
         .join(AnalysisRow, AnalysisRow.id == JobRow.analysis_id)
         .join(StudyRow, StudyRow.id == AnalysisRow.study_id)
+        .outerjoin(
+            newest,
+            and_(newest.c.tenant == JobRow.tenant, newest.c.bundle == AnalysisRow.bundle),
+        )
         .where(
             JobRow.state == JobState.TODO,
             JobRow.kind.in_(kinds),
             _is_past(JobRow.run_after),
             or_(JobRow.kind == JobKind.INFER, StudyRow.is_held.is_(False)),
-            *([AnalysisRow.bundle.in_(bundles)] if bundles is not None else []),
+            *([tuple_(AnalysisRow.bundle, folder).in_(versions)] if versions is not None else []),
         )
         .order_by(_aged_lane(), busy, JobRow.run_after, JobRow.id)
         .limit(1)
@@ -92,7 +104,7 @@ def claim(
     found = session.execute(query).one_or_none()
     if found is None:
         return None
-    job, study_id = found
+    job, study_id, *version = found
     was_left_by_the_dead = job.error_code == WORKER_DIED
     job.state = JobState.DOING
     job.worker = worker
@@ -110,6 +122,7 @@ def claim(
         attempts=job.attempts,
         crashes=job.crashes,
         worker=worker,
+        version=activations.Version(*version),
         is_suspect=was_left_by_the_dead,
     )
 
@@ -133,13 +146,6 @@ def analysis_of(session: Session, job: ClaimedJob) -> studies.Analysis:
     if analysis.row_version != job.analysis_version:
         raise StaleAnalysis(f"analysis row {job.analysis_id} is past the job's version")
     return analysis
-
-
-def bundle_of(session: Session, job: ClaimedJob) -> str:
-    """The bundle that a claimed job is for."""
-    return session.scalars(
-        select(AnalysisRow.bundle).where(AnalysisRow.id == job.analysis_id)
-    ).one()
 
 
 def renew(session: Session, job_ids: Sequence[int], worker: str, *, lease_s: float) -> int:
@@ -321,6 +327,7 @@ def _claimed(session: Session, row: JobRow) -> ClaimedJob:
         attempts=row.attempts,
         crashes=row.crashes,
         worker=row.worker,
+        version=activations.Version(analysis.bundle, analysis.bundle_folder),
     )
 
 

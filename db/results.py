@@ -62,13 +62,22 @@ def store_refusal(
 ) -> studies.Analysis:
     """The bundle cannot judge the study: NOT_ANALYSED with rule, value and limit; ends the job."""
     analysis = queue.analysis_of(session, job)
-    moved = refuse(session, analysis, refusal)
+    moved = refuse(session, analysis, refusal, bundle_folder=analysis.bundle_folder)
     queue.finish(session, job)
     return moved
 
 
-def refuse(session: Session, analysis: studies.Analysis, refusal: Eligibility) -> studies.Analysis:
-    """Move an analysis to NOT_ANALYSED, with the reason."""
+def refuse(
+    session: Session,
+    analysis: studies.Analysis,
+    refusal: Eligibility,
+    *,
+    bundle_folder: str = "",
+) -> studies.Analysis:
+    """Move an analysis to NOT_ANALYSED, with the reason.
+
+    bundle_folder : of the version that refuses, as in `db.activations.Version`
+    """
     return studies.move(
         session,
         analysis,
@@ -77,6 +86,7 @@ def refuse(session: Session, analysis: studies.Analysis, refusal: Eligibility) -
         reason_code=refusal.rule,
         reason=refusal.reason,
         is_applicable=refusal.is_applicable,
+        bundle_folder=bundle_folder,
     )
 
 

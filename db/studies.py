@@ -39,6 +39,7 @@ class Analysis:
     is_partial: bool
     is_applicable: bool
     reason_code: str
+    bundle_folder: str  # of the version that chose or refused the images
     lane: int
 
 
@@ -68,6 +69,7 @@ def load(session: Session, analysis_id: int) -> Analysis:
         is_partial=found.is_partial,
         is_applicable=found.is_applicable,
         reason_code=found.reason_code,
+        bundle_folder=found.bundle_folder,
         lane=lane,
     )
 
@@ -141,6 +143,19 @@ def move(
     )
     refresh_state(session, analysis.study_id)
     return after
+
+
+def choose_anew(session: Session, analysis: Analysis, bundle_folder: str) -> None:
+    """Another version is to analyse than chose the images: let it choose by its own rules.
+
+    No part of the swap, as the job under way is the one that does it.
+    """
+    lock(session, analysis.study_id)
+    session.execute(
+        update(AnalysisRow)
+        .where(AnalysisRow.id == analysis.id, AnalysisRow.row_version == analysis.row_version)
+        .values(bundle_folder=bundle_folder, analysed_ids=[], is_partial=False)
+    )
 
 
 def _void_jobs(session: Session, after: Analysis) -> None:

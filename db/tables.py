@@ -201,6 +201,8 @@ class AnalysisRow(Base):
     is_applicable: Mapped[bool] = mapped_column(
         server_default=text("true")
     )  # False: another kind of study; silent
+    # Of the version that chose or refused the images: activations.folder; "": the configured one.
+    bundle_folder: Mapped[str] = mapped_column(server_default="")
     ready_at: Mapped[dt.datetime | None]
     created_at: Mapped[dt.datetime] = _now()
     updated_at: Mapped[dt.datetime] = _now()
@@ -245,12 +247,37 @@ class NoticeRow(Base):
     at: Mapped[dt.datetime] = _now()
 
 
+class ActivationRow(Base):
+    """Which version of a bundle serves a tenant: the newest row counts, none is ever changed."""
+
+    __tablename__ = "activations"
+    __table_args__ = (Index("ix_activations_newest", "tenant", "bundle", "id"),)
+
+    id: Mapped[int] = _key()
+    tenant: Mapped[str]
+    bundle: Mapped[str]
+    version: Mapped[str]
+    calibration_id: Mapped[str]
+    weights_sha256: Mapped[str]
+    manifest_sha256: Mapped[str]
+    folder: Mapped[str]  # under data_dir/models
+    action: Mapped[str]  # activate | rollback | baseline: what served by configuration alone
+    before_id: Mapped[int | None] = mapped_column(
+        ForeignKey("activations.id")
+    )  # where a rollback leads
+    actor: Mapped[str]
+    at: Mapped[dt.datetime] = _now()
+
+
 class BundleRow(Base):
-    """How a bundle presents itself where there is no finding to say it; inference keeps it."""
+    """How a version presents itself where there is no finding to say it; inference keeps it."""
 
     __tablename__ = "bundles"
 
     name: Mapped[str] = mapped_column(primary_key=True)
+    folder: Mapped[str] = mapped_column(
+        primary_key=True, server_default=""
+    )  # as analyses.bundle_folder
     model: Mapped[dict[str, Any]]  # db.result.ModelIdentity
     output: Mapped[dict[str, Any]]  # db.result.OutputSpec
     at: Mapped[dt.datetime] = _now()

@@ -1,9 +1,10 @@
 """`vigil infer`: judges readiness, scores what is ready, until it is told to stop."""
 
+import contextvars
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -12,12 +13,12 @@ from config.settings import SettingsError, load
 from db.engine import engine_for
 from db.errors import PermanentError
 from db.heartbeat import Heartbeat, process_name
-from db.process import StopSignal
-from inference.bundle import check_overrides
+from db.process import Stop, StopSignal
 from inference.device import Device
+from inference.fleet import Fleet, OverrideRefused
 from inference.readiness import Readiness
 from inference.scheduler import Scheduler
-from inference.serving import load_served, pick_device
+from inference.serving import pick_device
 
 
 def main(config: Path | None = None) -> int:
@@ -32,46 +33,44 @@ def main(config: Path | None = None) -> int:
     stop = StopSignal()
     log = structlog.get_logger()
     engine = engine_for(settings, "node")
-    served, refused = load_served(settings.inference.models, device)
-    try:
-        for tenant in settings.tenants:
-            for one in served.values():
-                check_overrides(one.bundle, tenant.thresholds, tenant.prevalence)
-    except PermanentError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-
-    def detail() -> dict[str, Any]:
-        return {
-            "device": str(device),
-            "models": {name: one.bundle.manifest.version for name, one in served.items()},
-            "refused": {one.name: {"code": one.code, "reason": one.reason} for one in refused},
-        }
-
-    heartbeat = Heartbeat(engine, "inference", detail)
-    manifests = {name: one.bundle.manifest for name, one in served.items()}
-    sweep = Readiness(engine, settings, manifests)
-
-    def judge() -> None:
-        try:
-            sweep.run(stop)
-        finally:
-            stop.set()  # a process that no longer judges must not look healthy
-
-    readiness = threading.Thread(target=judge, name="readiness")
-    readiness.start()
-    log.info("ready", device=str(device), n=len(served))
+    fleet = Fleet(engine, settings, device)
+    fleet.first(stop)
+    for refused in fleet.refused.values():
+        if refused.code == OverrideRefused.code:
+            sys.stderr.write(f"{refused.reason}\n")
+            return 2
+    heartbeat = Heartbeat(engine, "inference", fleet.detail)
+    beside = [
+        _start("readiness", Readiness(engine, settings, fleet).run, stop),
+        _start("models", fleet.run, stop),
+    ]
+    log.info("ready", device=str(device), n=len(fleet.served))
     worker = process_name("inference")
     try:
         runner = Device(device, settings.inference.max_batch)
-        Scheduler(engine, settings, served, runner, worker, stop).run()
+        Scheduler(engine, settings, fleet, runner, worker, stop).run()
     finally:
         stop.set()  # a scheduler that failed takes the process down; the supervisor starts it again
-        readiness.join()
+        for thread in beside:
+            thread.join()
         heartbeat.close()
         engine.dispose()
     log.info("stopped")
     return 0
+
+
+def _start(name: str, run: Callable[[Stop], None], stop: StopSignal) -> threading.Thread:
+    def until_stopped() -> None:
+        try:
+            run(stop)
+        finally:
+            stop.set()  # a process that lacks one of its loops must not look healthy
+
+    # In a copy of the context: it has what every log line says of its process.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(until_stopped,), name=name)
+    thread.start()
+    return thread
 
 
 if __name__ == "__main__":

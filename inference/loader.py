@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from config.settings import InferenceSettings
-from db import queue
+from db import queue, studies
 from db.errors import ChildDied, PermanentError, TransientError
 from db.files import store_path
 from db.header import InstanceHeader
@@ -18,10 +18,10 @@ from db.pixels import read_images
 from db.result import Eligibility
 from db.sandbox import Sandbox
 from inference.bundle import Bundle
+from inference.choice import headers_of, select_images
 from inference.eligibility import check_pixels
 from inference.manifest import Manifest
 from inference.predict import Prepared, prepare
-from inference.readiness import headers_of, select_images
 from inference.volume import Decoded, NoVolume, build_volume
 
 #: An instance whose decoding kills the child this often is not read again.
@@ -75,8 +75,12 @@ class Loader:
         NodeError
             If an image cannot be decoded, now or ever.
         """
-        with Session(self._engine) as session:
+        with Session(self._engine) as session, session.begin():
             analysis = queue.analysis_of(session, job)
+            if analysis.bundle_folder != job.version.folder:
+                # Chosen by the rules of a version that was replaced while the study waited.
+                studies.choose_anew(session, analysis, job.version.folder)
+                analysis = queue.analysis_of(session, job)
             only = analysis.analysed_ids or None
             headers = headers_of(session, job.study_id, only)
             chosen = select_images(session, job.study_id, headers, bundle.manifest)

@@ -2,25 +2,25 @@
 
 import datetime as dt
 import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
 import structlog
-from sqlalchemy import ColumnElement, Engine, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, tuple_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Tenant
-from db import operator, queue, results, studies
-from db.errors import CutOff
+from db import activations, operator, queue, results, studies
+from db.activations import Version
 from db.header import InstanceHeader
 from db.process import Stop
 from db.result import Eligibility
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import AnalysisRow, InstanceRow, QuarantineRow, StudyRow
-from inference.eligibility import Selection, judge
+from db.tables import AnalysisRow, InstanceRow, StudyRow
+from inference.choice import headers_of, select_images
+from inference.eligibility import Selection
+from inference.fleet import Fleet
 from inference.manifest import Manifest
 
 log = structlog.get_logger()
@@ -28,17 +28,17 @@ log = structlog.get_logger()
 SWEEP_S = 0.5
 LEASE_SWEEP_S = 5.0
 STORING_S = 1.0
+#: Whatever arrives, such a study is judged by what is active then.
+_NOTHING_CHOSEN = (AnalysisState.WAITING, AnalysisState.NOT_ANALYSED)
 
 
 class Readiness:
     """The sweep that moves studies on; any number may run, each analysis is judged by one."""
 
-    def __init__(
-        self, engine: Engine, settings: Settings, manifests: Mapping[str, Manifest]
-    ) -> None:
+    def __init__(self, engine: Engine, settings: Settings, fleet: Fleet) -> None:
         self._engine = engine
         self._tenants = {tenant.id: tenant for tenant in settings.tenants}
-        self._manifests = manifests
+        self._fleet = fleet
 
     def run(self, stop: Stop) -> None:
         """Sweep until told to stop, paced by the monotonic clock: a stepped one stops nothing."""
@@ -74,10 +74,21 @@ class Readiness:
 
     def sweep_once(self) -> bool:
         """Judge one analysis that is due; False when none is."""
+        # Read with the study, as the claim does: nothing is judged by a version of yesterday.
+        newest = activations.newest()
+        folder = activations.folder_that_serves(newest)
+        ready = self._fleet.served
         with Session(self._engine) as session, session.begin():
             due = session.execute(
-                select(AnalysisRow.id, StudyRow)
+                select(AnalysisRow.id, StudyRow, folder)
                 .join(StudyRow, StudyRow.id == AnalysisRow.study_id)
+                .outerjoin(
+                    newest,
+                    and_(
+                        newest.c.tenant == AnalysisRow.tenant,
+                        newest.c.bundle == AnalysisRow.bundle,
+                    ),
+                )
                 .where(
                     # A moment further ahead than any wait was written before the clock was set
                     # back: it is due.
@@ -85,7 +96,7 @@ class Readiness:
                         AnalysisRow.judge_at <= func.now(),
                         AnalysisRow.judge_at > func.now() + self._longest_wait(),
                     ),
-                    AnalysisRow.bundle.in_(list(self._manifests)),
+                    tuple_(AnalysisRow.bundle, folder).in_(list(ready)),
                 )
                 .order_by(AnalysisRow.judge_at)
                 .limit(1)
@@ -94,15 +105,24 @@ class Readiness:
             ).one_or_none()
             if due is None:
                 return False
-            analysis_id, study = due
-            self._judge(session, session.get_one(AnalysisRow, analysis_id), study)
+            analysis_id, study, where = due
+            row = session.get_one(AnalysisRow, analysis_id)
+            version = Version(row.bundle, where)
+            self._judge(session, row, study, version, ready[version].bundle.manifest)
             return True
 
     def _longest_wait(self) -> dt.timedelta:
         waits = [t.quiet_period_s + t.max_wait_s for t in self._tenants.values()]
         return dt.timedelta(seconds=max(waits, default=0.0) + 60)
 
-    def _judge(self, session: Session, row: AnalysisRow, study: StudyRow) -> None:
+    def _judge(
+        self,
+        session: Session,
+        row: AnalysisRow,
+        study: StudyRow,
+        version: Version,
+        manifest: Manifest,
+    ) -> None:
         tenant = self._tenants.get(study.tenant)
         if tenant is None:  # taken out of the configuration: its studies rest
             self._look_again(session, row, None)
@@ -113,14 +133,17 @@ class Readiness:
             self._look_again(session, row, soon)
             return
         headers = headers_of(session, study.id)
-        verdict = select_images(session, study.id, headers, self._manifests[row.bundle])
         analysis = studies.load(session, row.id)
+        if self._is_as_before(session, analysis, version, headers):
+            self._look_again(session, row, None)
+            return
+        verdict = select_images(session, study.id, headers, manifest)
         has_waited = self._has_waited(session, study, tenant)
         deadline = study.last_instance_at + dt.timedelta(seconds=tenant.max_wait_s)
         if isinstance(verdict, Eligibility):
-            again = self._not_eligible(session, analysis, verdict)
+            again = self._not_eligible(session, analysis, verdict, version)
         else:
-            again = self._eligible(session, analysis, verdict, has_waited=has_waited)
+            again = self._eligible(session, analysis, verdict, version, has_waited=has_waited)
         self._look_again(session, row, deadline if again else None)
 
     def _has_waited(self, session: Session, study: StudyRow, tenant: Tenant) -> bool:
@@ -133,12 +156,37 @@ class Readiness:
             )
         )
 
+    def _is_as_before(
+        self,
+        session: Session,
+        analysis: studies.Analysis,
+        version: Version,
+        headers: Mapping[str, InstanceHeader],
+    ) -> bool:
+        """Whether what has arrived leaves alone what another version than today's has analysed.
+
+        By that version's own rules: today's may choose other images for no other reason than that
+        it is another one, and an activation must not issue anything again.
+        """
+        its_own = Version(analysis.bundle, analysis.bundle_folder)
+        if its_own == version or analysis.state in _NOTHING_CHOSEN:
+            return False
+        manifest = self._fleet.manifest_of(its_own)
+        if manifest is None:  # its files are gone: today's rules are all there are
+            return False
+        chosen = select_images(session, analysis.study_id, headers, manifest)
+        return isinstance(chosen, Eligibility) or _is_nothing_new(analysis, chosen)
+
     def _not_eligible(
-        self, session: Session, analysis: studies.Analysis, verdict: Eligibility
+        self,
+        session: Session,
+        analysis: studies.Analysis,
+        verdict: Eligibility,
+        version: Version,
     ) -> bool:
         """State the outcome now; a later instance opens it again. Says whether to look again."""
         if analysis.state is AnalysisState.WAITING:
-            results.refuse(session, analysis, verdict)
+            results.refuse(session, analysis, verdict, bundle_folder=version.folder)
             log.info("study_not_eligible", analysis_id=analysis.id, reason_code=verdict.rule)
         return False
 
@@ -147,13 +195,13 @@ class Readiness:
         session: Session,
         analysis: studies.Analysis,
         chosen: Selection,
+        version: Version,
         *,
         has_waited: bool,
     ) -> bool:
         """Queue a series that is whole, or has had its time. Says whether to look again."""
-        digest = studies.analysed_digest(chosen.instance_ids)
         if analysis.state is not AnalysisState.WAITING:
-            if digest == analysis.analysed_sha256 and not _is_belied(analysis, chosen):
+            if _is_nothing_new(analysis, chosen):
                 return False  # a dose report, a bone series: nothing is issued again
             analysis = studies.move(session, analysis, AnalysisEvent.INPUTS_CHANGED)
         if not (chosen.is_complete or has_waited):
@@ -168,8 +216,9 @@ class Readiness:
                 "missing": list(chosen.missing),
             },
             analysed_ids=list(chosen.instance_ids),
-            analysed_sha256=digest,
+            analysed_sha256=studies.analysed_digest(chosen.instance_ids),
             is_partial=not chosen.is_complete,
+            bundle_folder=version.folder,
             ready_at=func.now(),
         )
         log.info("study_ready", analysis_id=analysis.id, n_instances=len(chosen.instance_ids))
@@ -184,30 +233,10 @@ class Readiness:
         session.execute(update(AnalysisRow).where(AnalysisRow.id == row.id).values(judge_at=at))
 
 
-def select_images(
-    session: Session, study_id: int, headers: Mapping[str, InstanceHeader], manifest: Manifest
-) -> Selection | Eligibility:
-    """What a bundle analyses of a study, or of those instances of it that were chosen before.
-
-    headers : as `headers_of`
-    """
-    chosen = _choose(headers, manifest)
-    if isinstance(chosen, Selection) and (n := _cut_off(session, study_id, chosen)):
-        # It may have been the first or the last image, whose loss leaves no hole.
-        words = f"{n} of the series' images came cut off"
-        return replace(chosen, missing=(*chosen.missing, words))
-    return chosen
-
-
-def _choose(headers: Mapping[str, InstanceHeader], manifest: Manifest) -> Selection | Eligibility:
-    """As `eligibility.judge`, whatever the headers hold."""
-    try:
-        return judge(headers, manifest)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        # Values that no scanner writes: one study's headers must not stop everybody's.
-        log.error("judging_failed", exc_type=type(error).__name__)
-        reason = "The headers hold values that cannot be judged."
-        return Eligibility("judging_failed", type(error).__name__, "plausible values", reason)
+def _is_nothing_new(analysis: studies.Analysis, chosen: Selection) -> bool:
+    """Whether the images are those that were analysed, or are about to be."""
+    digest = studies.analysed_digest(chosen.instance_ids)
+    return digest == analysis.analysed_sha256 and not _is_belied(analysis, chosen)
 
 
 def _is_belied(analysis: studies.Analysis, chosen: Selection) -> bool:
@@ -219,42 +248,8 @@ def _is_belied(analysis: studies.Analysis, chosen: Selection) -> bool:
     return says and not analysis.is_partial and not chosen.is_complete
 
 
-def _cut_off(session: Session, study_id: int, chosen: Selection) -> int:
-    """Images of the series that are set aside because they came cut off, and not whole since.
-
-    Only those that intake has found to be this study's: anybody can send a file that says so.
-    """
-    has_come = exists().where(
-        InstanceRow.study_id == study_id,
-        InstanceRow.sop_instance_uid == QuarantineRow.sop_instance_uid,
-    )
-    query = select(func.count(QuarantineRow.sop_instance_uid.distinct())).where(
-        QuarantineRow.study_id == study_id,
-        QuarantineRow.series_instance_uid.in_(chosen.series_instance_uids),
-        QuarantineRow.code == CutOff.code,
-        QuarantineRow.state == "OPEN",
-        ~has_come,
-    )
-    return session.scalar(query) or 0
-
-
 def _is_being_stored(session: Session, study_id: int) -> bool:
     query = select(InstanceRow.id).where(
         InstanceRow.study_id == study_id, InstanceRow.stored_at.is_(None)
     )
     return session.scalar(query.limit(1)) is not None
-
-
-def headers_of(
-    session: Session, study_id: int, only: Sequence[str] | None = None
-) -> dict[str, InstanceHeader]:
-    """Instance id to header, of what is durably stored; `only` limits it to these ids."""
-    query = select(InstanceRow.id, InstanceRow.header).where(
-        InstanceRow.study_id == study_id, InstanceRow.stored_at.is_not(None)
-    )
-    if only is not None:
-        query = query.where(InstanceRow.id.in_([uuid.UUID(one) for one in only]))
-    return {
-        str(instance_id): InstanceHeader.from_json(header)
-        for instance_id, header in session.execute(query)
-    }

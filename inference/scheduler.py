@@ -12,7 +12,7 @@ import queue as threads
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Tenant
-from db import notices, queue, results
+from db import queue, results
 from db.errors import DatabaseAway, NodeError, PermanentError, StaleAnalysis, TransientError
 from db.files import result_folder, write_durably
 from db.job import JobKind
@@ -36,6 +36,7 @@ from db.process import Stop
 from db.result import Eligibility, Finding
 from inference.batcher import Batcher, Work
 from inference.device import Device, DeviceFault
+from inference.fleet import Fleet
 from inference.loader import Loaded, Loader
 from inference.predict import make_finding, make_heatmaps
 from inference.serving import Served
@@ -65,7 +66,7 @@ class InFlight:
     """A claimed study on its way through loader and device."""
 
     job: queue.ClaimedJob
-    bundle: str
+    served: Served  # what it was claimed for, whatever is activated meanwhile
     started_at: str  # ISO 8601 UTC
     loading: Future[Loaded | Eligibility]
     loaded: Loaded | None = None
@@ -78,13 +79,13 @@ class Scheduler:
         self,
         engine: Engine,
         settings: Settings,
-        served: Mapping[str, Served],
+        fleet: Fleet,
         device: Device,
         worker: str,
         stop: Stop,
     ) -> None:
         self._engine = engine
-        self._served = served
+        self._fleet = fleet
         self._device = device
         self._worker = worker
         self._stop = stop
@@ -104,11 +105,9 @@ class Scheduler:
         ended = threading.Event()
         heart = threading.Thread(target=self._renew_until, args=(ended,), name="leases")
         heart.start()
-        is_presented = False
         try:
             while not self._stop.is_set():
                 try:
-                    is_presented = is_presented or self.present()
                     if not self.step():
                         self.wait()
                 except DBAPIError:
@@ -119,14 +118,6 @@ class Scheduler:
             ended.set()
             heart.join()
             self.close()
-
-    def present(self) -> bool:
-        """Have the database know what the bundles call themselves, for what has no finding."""
-        with Session(self._engine) as session, session.begin():
-            for one in self._served.values():
-                output = one.bundle.manifest.output
-                notices.present(session, one.bundle.identity(one.numerics), output)
-        return True
 
     def step(self) -> bool:
         """One round: claim, take in what is loaded, run one batch. False when there was nothing."""
@@ -172,25 +163,28 @@ class Scheduler:
     def _claim(self) -> bool:
         if len(self._flights) >= self._room or (self._is_draining and self._flights):
             return False
+        ready = self._fleet.served
         with Session(self._engine) as session:
             job = queue.claim(
-                session,
-                [JobKind.INFER],
-                self._worker,
-                lease_s=LEASE_S,
-                bundles=list(self._served),
+                session, [JobKind.INFER], self._worker, lease_s=LEASE_S, versions=list(ready)
             )
             # What a worker died of runs alone, so that its death is nobody else's.
             self._is_draining = job is not None and job.is_suspect
             if job is None or (self._is_draining and self._flights) or job.id in self._flights:
                 session.rollback()
                 return False
-            bundle = queue.bundle_of(session, job)
             session.commit()
-        log.info("job_claimed", job_id=job.id, tenant=job.tenant, bundle=bundle)
+        served = ready[job.version]
+        log.info(
+            "job_claimed",
+            job_id=job.id,
+            tenant=job.tenant,
+            bundle=job.version.bundle,
+            version=served.bundle.manifest.version,
+        )
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        future = self._pool.submit(self._loader.load, job, self._served[bundle].bundle)
-        self._flights[job.id] = InFlight(job, bundle, now, future)
+        future = self._pool.submit(self._loader.load, job, served.bundle)
+        self._flights[job.id] = InFlight(job, served, now, future)
         future.add_done_callback(lambda _: self._loaded.put(job.id))
         return True
 
@@ -217,10 +211,11 @@ class Scheduler:
             self._end(flight, made)
             return True
         flight.loaded = made
-        served = self._served[flight.bundle]
         inputs = made.prepared.inputs
-        n_outputs = served.bundle.manifest.outputs
-        self._batcher.add(Work(flight.job.id, flight.bundle, flight.job.lane, inputs, n_outputs))
+        n_outputs = flight.served.bundle.manifest.outputs
+        # Images of two versions never share a batch, though their bundles have one name.
+        model = "@".join(flight.job.version)
+        self._batcher.add(Work(flight.job.id, model, flight.job.lane, inputs, n_outputs))
         return True
 
     def _run_batch(self) -> bool:
@@ -228,8 +223,9 @@ class Scheduler:
         if batch is None:
             return False
         started = time.monotonic()
+        served = self._flights[batch.parts[0][0].key].served
         try:
-            scored = self._device.score(self._served[batch.bundle].model, batch.inputs)
+            scored = self._device.score(served.model, batch.inputs)
         except DeviceFault as fault:
             log.error("device_failed", exc_code=fault.code)
             for work, _, _ in batch.parts:
@@ -264,8 +260,7 @@ class Scheduler:
     def _store(self, flight: InFlight, work: Work) -> None:
         if flight.loaded is None:
             raise AssertionError("only loaded studies are batched")
-        served = self._served[flight.bundle]
-        prepared = flight.loaded.prepared
+        served, prepared = flight.served, flight.loaded.prepared
         tenant = self._tenants.get(flight.job.tenant)
         if tenant is None:
             raise TenantGone("the study's tenant is no longer in the configuration")
@@ -292,7 +287,8 @@ class Scheduler:
             "finding_stored",
             job_id=flight.job.id,
             tenant=flight.job.tenant,
-            bundle=flight.bundle,
+            bundle=served.bundle.name,
+            version=served.bundle.manifest.version,
             n_images=len(finding.images),
         )
 

@@ -68,7 +68,7 @@ def load_served(
     for model in models:
         started = time.monotonic()
         try:
-            one = _load(bundle_folder(model), device)
+            one = make_served(load_configured(bundle_folder(model)), device)
         except PermanentError as error:
             name = Path(model).name
             log.error("model_refused", bundle=name, exc_code=error.code)
@@ -86,11 +86,27 @@ def load_served(
     return served, tuple(refused)
 
 
-def _load(folder: Path, device: torch.device) -> Served:
+def load_configured(folder: Path) -> Bundle:
+    """A bundle as the configuration has it; its folder carries its name.
+
+    Raises
+    ------
+    BundleError
+    """
     bundle = load_bundle(folder)
     if bundle.name != folder.resolve().name:
         # Tenants name bundles by their folders, analyses by their manifests: they must agree.
         raise BundleError(f"{folder}: its manifest calls it {bundle.name!r}; rename the folder")
+    return bundle
+
+
+def make_served(bundle: Bundle, device: torch.device) -> Served:
+    """Load the model and let it prove itself on the bundle's own reference inputs.
+
+    Raises
+    ------
+    BundleError, ReferenceMissed
+    """
     model = load_model(bundle, device)
     # fp32 is the reference and serves everywhere; a bundle that misses its own numbers does not.
     check_reference(bundle, model)

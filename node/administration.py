@@ -1,4 +1,4 @@
-"""Sub-commands for administrators: users, database, models."""
+"""Sub-commands for administrators: users, database."""
 
 from typing import Annotated
 
@@ -9,7 +9,6 @@ from node.terminal import AsJson, Config, console, print_json
 
 users = typer.Typer(no_args_is_help=True, help="Accounts of the dashboard.")
 database = typer.Typer(no_args_is_help=True, help="The database.")
-models = typer.Typer(no_args_is_help=True, help="Model bundles.")
 
 UserName = Annotated[str, typer.Argument(metavar="NAME")]
 
@@ -117,29 +116,6 @@ def db_upgrade(config: Config = None) -> None:
 
     with opened(load(config), create=True):
         console().print("the schema is up to date")
-
-
-@models.command("list")
-def models_list(as_json: AsJson = False, config: Config = None) -> None:
-    """The bundles there are, which serve, and whether their files are whole."""
-    from config.settings import load
-    from node.bundles import listed
-
-    rows = listed(load(config))
-    if as_json:
-        print_json(rows)
-        return
-    table = Table("bundle", "version", "architecture", "labels", "tenants", "files")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            row["version"],
-            row["architecture"],
-            ", ".join(row["labels"]),
-            ", ".join(row["tenants"]) or "-",
-            row["problem"] or "whole",
-        )
-    console().print(table)
 
 
 def _base_url(config: Config) -> str:

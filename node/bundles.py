@@ -1,12 +1,15 @@
-"""Which model bundles there are: those shipped and those that the configuration names."""
+"""Which model bundles there are: shipped, configured, and installed by an activation."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import weights
 from config.settings import Settings
-from inference.bundle import MANIFEST, BundleError, load_bundle
+from db.activations import Activation, Installed, Version
+from db.files import models_folder
+from inference.bundle import MANIFEST, Bundle, BundleError, load_bundle
 from inference.bundle import check_overrides as bundle_overrides
+from inference.installed import load_installed
 
 SHIPPED = Path(weights.__file__).parent
 
@@ -17,54 +20,59 @@ def folder_of(model: str) -> Path:
     return shipped if "/" not in model and shipped.is_dir() else Path(model)
 
 
-def listed(settings: Settings) -> list[dict[str, Any]]:
-    """One entry a bundle; a file that is missing or altered is named in `problem`."""
-    configured = [folder_of(model) for model in settings.inference.models]
-    shipped = sorted(path.parent for path in SHIPPED.glob(f"*/{MANIFEST}"))
-    return [_entry(folder, settings) for folder in dict.fromkeys([*configured, *shipped])]
+def configured(settings: Settings) -> dict[str, Path]:
+    """Bundle name to the folder that the configuration has for it."""
+    models = zip(settings.model_names, settings.inference.models, strict=True)
+    return {name: folder_of(model) for name, model in models}
 
 
-def check_overrides(settings: Settings) -> None:
+def shipped() -> dict[str, Path]:
+    """Bundle name to its folder, of what comes with the node."""
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{MANIFEST}"))}
+
+
+def installed(data_dir: Path, bundle: str) -> dict[str, Path]:
+    """Label to folder of each version of a bundle under data_dir, whole or not."""
+    found = (models_folder(data_dir) / bundle).glob(f"*/{MANIFEST}")
+    return {path.parent.name: path.parent for path in sorted(found)}
+
+
+def users_of(settings: Settings, bundle: str) -> dict[str, bool]:
+    """The tenants that use a bundle, and whether as a shadow."""
+    return {
+        tenant.id: bundle in tenant.shadow
+        for tenant in settings.tenants
+        if bundle in (*tenant.models, *tenant.shadow)
+    }
+
+
+def check_overrides(
+    settings: Settings, active: Mapping[tuple[str, str], Activation] | None
+) -> None:
     """Refuse a tenant's thresholds and prevalences that could never take effect.
+
+    active : by tenant and bundle; None where it is not known: the configured folders are asked
 
     Raises
     ------
     BundleError
         For one that names no validated label; a bundle that cannot be read is its stage's to tell.
     """
-    for model in settings.inference.models:
-        try:
-            bundle = load_bundle(folder_of(model))
-        except BundleError:
-            continue
-        for tenant in settings.tenants:
-            bundle_overrides(bundle, tenant.thresholds, tenant.prevalence)
+    known: dict[Version, Bundle | None] = {}
+    for tenant in settings.tenants:
+        for name in (*tenant.models, *tenant.shadow):
+            one = (active or {}).get((tenant.id, name))
+            version = Version(name, one.installed.folder if one else "")
+            if version not in known:
+                known[version] = _readable(settings, name, one.installed if one else None)
+            if bundle := known[version]:
+                bundle_overrides(bundle, tenant.thresholds, tenant.prevalence)
 
 
-def _entry(folder: Path, settings: Settings) -> dict[str, Any]:
-    tenants = [
-        f"{tenant.id} (shadow)" if folder.name in tenant.shadow else tenant.id
-        for tenant in settings.tenants
-        if folder.name in (*tenant.models, *tenant.shadow)
-    ]
-    entry: dict[str, Any] = {
-        "name": folder.name,
-        "folder": str(folder),
-        "version": "",
-        "architecture": "",
-        "labels": [],
-        "tenants": tenants,
-        "problem": "",
-    }
+def _readable(settings: Settings, name: str, version: Installed | None) -> Bundle | None:
     try:
-        manifest = load_bundle(folder).manifest
-    except BundleError as error:
-        return {**entry, "problem": str(error)}
-    labels = [label.id for label in manifest.labels]
-    return {
-        **entry,
-        "name": manifest.name,
-        "version": manifest.version,
-        "architecture": manifest.architecture,
-        "labels": labels,
-    }
+        if version is not None:
+            return load_installed(settings.node.data_dir, version)
+        return load_bundle(configured(settings)[name])
+    except BundleError:
+        return None

@@ -300,9 +300,11 @@ def _obey_signals(supervisor: Supervisor, config: Path | None) -> None:
 
     def reload(*_: Any) -> None:
         from node.bundles import check_overrides
+        from node.models_list import active
 
         try:
-            check_overrides(load(config))
+            settings = load(config)
+            check_overrides(settings, active(settings))
         except (SettingsError, PermanentError) as error:
             _say(f"not reloaded: {error}")
             return

@@ -19,9 +19,9 @@ from db.sandbox import Sandbox
 from db.spool import Spool
 from db.tables import AnalysisRow, StudyRow
 from inference.device import Device
+from inference.fleet import Fleet
 from inference.readiness import Readiness
 from inference.scheduler import Scheduler
-from inference.serving import load_served
 
 
 def encoded(dataset: Dataset) -> bytes:
@@ -38,30 +38,44 @@ def encoded(dataset: Dataset) -> bytes:
 class Stages:
     """Spool, intake, readiness and scheduler over one database; each step when the test says so."""
 
-    def __init__(self, engine: Engine, settings: Settings, bundle: Path, **tenant: object) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        bundle: Path,
+        *,
+        neighbours: tuple[Tenant, ...] = (),
+        **tenant: object,
+    ) -> None:
         name = bundle.name
         tenant = {"quiet_period_s": 60.0, **tenant}
         owner = Tenant(id="north", ae_titles=("NORTH_AI",), models=(name,), **tenant)
         self.settings = settings.model_copy(
             update={
-                "tenants": (owner,),
+                "tenants": (owner, *neighbours),
                 "inference": InferenceSettings(models=(str(bundle),), loaders=1),
             }
         )
         self.engine = engine
-        served, refused = load_served([str(bundle)], torch.device("cpu"))
-        assert not refused, refused
+        self.fleet = Fleet(engine, self.settings, torch.device("cpu"))
+        self.fleet.refresh()
+        assert not self.fleet.refused, self.fleet.refused
         self.sandbox = Sandbox(size=1)
         self.intake = Intake(engine, self.settings, self.sandbox, readers=1)
         self.spool = Spool(self.settings.node.data_dir, "test")
-        manifests = {key: one.bundle.manifest for key, one in served.items()}
-        self.readiness = Readiness(engine, self.settings, manifests)
+        self.readiness = Readiness(engine, self.settings, self.fleet)
+        device = Device(torch.device("cpu"), 8)
         self.scheduler = Scheduler(
-            engine, self.settings, served, Device(torch.device("cpu"), 8), "test", threading.Event()
+            engine, self.settings, self.fleet, device, "test", threading.Event()
         )
 
     def receive(
-        self, datasets: Iterable[Dataset], *, lost_bytes: int = 0, uid: str | None = None
+        self,
+        datasets: Iterable[Dataset],
+        *,
+        lost_bytes: int = 0,
+        uid: str | None = None,
+        tenant: str = "north",
     ) -> None:
         """Spool and take in, as if a scanner had sent them, each without its last bytes.
 
@@ -69,9 +83,9 @@ class Stages:
         """
         for dataset in datasets:
             source = Provenance(
-                tenant="north",
+                tenant=tenant,
                 calling_ae="CT1",
-                called_ae="NORTH_AI",
+                called_ae=f"{tenant.upper()}_AI",
                 received_at="2026-01-01T00:00:00+00:00",
                 sop_class_uid=dataset.SOPClassUID,
                 sop_instance_uid=dataset.SOPInstanceUID if uid is None else uid,

@@ -66,6 +66,20 @@ def test_an_inference_process_without_a_model_is_not_ready(web: Web) -> None:
     assert web.visitor().get("/readyz").status_code == 503
 
 
+def test_a_version_that_cannot_be_loaded_makes_the_model_not_ready(web: Web) -> None:
+    hospital(web.engine, web.data_dir)
+    refused = {"ich 1.1.0+c0": {"code": "weights_hash", "reason": "of a tenant"}}
+    with Session(web.engine) as session, session.begin():
+        detail = {"models": {"ich": "1.0.0+c0"}, "refused": refused}
+        session.execute(update(ProcessRow).values(detail=detail))
+
+    answer = web.visitor().get("/readyz")
+
+    assert answer.status_code == 503
+    words = answer.json()["checks"]["model"]["words"]
+    assert words == "cannot be loaded: ich 1.1.0+c0"
+
+
 def test_the_pages_survive_a_database_that_is_away(
     settings: Settings, engine: Engine, web_engine: Engine
 ) -> None:

@@ -33,6 +33,13 @@ ROWS = (
     "INSERT INTO quarantine (id, tenant, origin, study_id, code, reason)"
     f" VALUES ('{uuid.UUID(int=3)}', 'north', 'dicom', 7, 'second_patient', '')",
 )
+#: What is built has its analysis since then.
+ROWS_OF_SECOND = tuple(
+    row.replace("(id, result_id, study_id,", "(id, result_id, analysis_id, study_id,").replace(
+        f"'{RESULT}', 7, 'north', 'dicom', 'v'", f"'{RESULT}', 8, 7, 'north', 'dicom', 'v'"
+    )
+    for row in ROWS
+)
 
 
 @pytest.fixture
@@ -68,6 +75,12 @@ def first(url: URL) -> None:
     assert "notices" not in tables(url)
 
 
+def second(url: URL) -> None:
+    """As a version made it that knew notices, and no activations."""
+    upgrade_to(url, "0002")
+    assert "activations" not in tables(url)
+
+
 def between(url: URL) -> None:
     """As a version made it whose 0001 had most of 0002."""
     first(url)
@@ -87,11 +100,11 @@ def tables(url: URL) -> set[str]:
     return names
 
 
-@pytest.fixture(params=[first, between])
+@pytest.fixture(params=[first, between, second])
 def upgraded(request, empty) -> Iterator[Engine]:
     """An older database with a few rows, upgraded; as its owner."""
     request.param(empty)
-    run(empty, *ROWS)
+    run(empty, *(ROWS if request.param is not second else ROWS_OF_SECOND))
     upgrade_at(empty)
     engine = create_engine(empty)
     yield engine
@@ -141,11 +154,46 @@ def test_a_notice_is_seen_by_its_own_tenant_and_written_by_the_node_alone(upgrad
     web.dispose()
 
 
-def seen(web: Engine, role: str, tenant: str) -> int:
-    """How many notices a page shows to such a user."""
+def test_what_judged_before_was_what_is_configured(upgraded):
+    with Session(upgraded) as session:
+        assert session.scalar(text("SELECT bundle_folder FROM analyses")) == ""
+
+
+def test_an_activation_is_seen_by_its_tenants_staff_and_changed_by_nobody(upgraded):
+    node, web = engine_at(upgraded.url, "node"), engine_at(upgraded.url, "web")
+    with node.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO activations (tenant, bundle, version, calibration_id, weights_sha256,"
+                " manifest_sha256, folder, action, actor) VALUES ('north', 'ich', '1.1.0', 'c0',"
+                " 'w', 'm', 'ich/1.1.0+c0', 'activate', 'cli:root')"
+            )
+        )
+
+    counts = {
+        (role, tenant): seen(web, role, tenant, "activations")
+        for role in ("admin", "manager", "reader", "uploader")
+        for tenant in ("north", "south")
+    }
+    assert [who for who, n in counts.items() if n] == [
+        ("admin", "north"), ("admin", "south"), ("manager", "north"), ("reader", "north"),
+    ]  # fmt: skip
+    for engine, statement in (
+        (web, "INSERT INTO activations (tenant) VALUES ('north')"),
+        (node, "DELETE FROM activations"),
+        (node, "UPDATE activations SET version = '2'"),
+    ):
+        with engine.connect() as connection, pytest.raises(Exception, match="permission denied"):
+            connection.execute(text(statement))
+    node.dispose()
+    web.dispose()
+
+
+def seen(web: Engine, role: str, tenant: str, table: str = "notices") -> int:
+    """How many rows a page shows to such a user."""
     with web.begin() as connection:
         for name, value in (("role", role), ("tenant", tenant), ("user", "u1")):
             connection.execute(
                 text(f"SELECT set_config('vigil.{name}', :value, true)"), {"value": value}
             )
-        return connection.scalar(text("SELECT count(*) FROM notices")) or 0
+        return connection.scalar(text(f"SELECT count(*) FROM {table}")) or 0

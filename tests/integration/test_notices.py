@@ -58,7 +58,6 @@ class Node:
 
     def __init__(self, stages: Stages, sandbox: Sandbox) -> None:
         self.stages, self.engine, self._sandbox = stages, stages.engine, sandbox
-        stages.scheduler.present()
 
     @property
     def deliverer(self) -> Deliverer:
@@ -416,7 +415,7 @@ def test_a_bundle_that_nobody_has_presented_is_waited_for(node, pacs):
     (job,) = node.rows(JobRow)
     assert (job.state, job.error_code, job.attempts) == ("TODO", "bundle_unknown", 0)
 
-    node.stages.scheduler.present()
+    node.stages.fleet.present()
     make_due(node)
     node.deliverer.run_once()
 
@@ -452,7 +451,7 @@ def test_a_result_without_its_report_is_a_result_all_the_same(make_node, pacs, d
 
 
 def test_numbers_that_could_not_be_sent_are_not_denied(make_node, pacs, drawn):
-    node = make_node(owner={"thresholds": {"head.any": 0.001}})
+    node = make_node(owner={"thresholds": {"head.any": 0.02}})
     node.takes(plain())
     (result,) = node.rows(ResultRow)
     assert result.is_positive
