@@ -1,28 +1,34 @@
 """Where a model looked: raw Grad-CAM maps, and their way back to the source image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
 from scipy import ndimage
 from torch import nn
 
 from db.result import Region
 from inference.bundle import BundleError
+from inference.manifest import CamMethod
 from inference.window import ModelInput, resize
 
 _REGION_SHARE = 0.5  # of the map's peak
 
 
-class RawGradCAM(GradCAM):  # type: ignore[misc]  # the library has no types
-    """Grad-CAM whose maps keep their scale, at the layer's own resolution.
+class _Raw:
+    """Maps that keep their scale, at the layer's own resolution; mixed into the library's methods.
 
     The library stretches each map to 0..1 of itself before it hands it out (`scale_cam_image`),
     which paints a hot spot where the model saw nothing and cannot be undone. These are the maps
     before that.
     """
+
+    activations_and_grads: Any
+    target_layers: list[nn.Module]
+    get_cam_image: Callable[..., NDArray[np.float32]]
 
     def compute_cam_per_layer(
         self, input_tensor: torch.Tensor, targets: list[nn.Module], eigen_smooth: bool
@@ -37,6 +43,30 @@ class RawGradCAM(GradCAM):  # type: ignore[misc]  # the library has no types
         self, cam_per_target_layer: list[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         return cam_per_target_layer[0]
+
+
+class _GradCAM(_Raw, GradCAM):  # type: ignore[misc]  # the library has no types
+    """R. Selvaraju et al., Grad-CAM, ICCV 2017."""
+
+
+class _GradCAMPlusPlus(_Raw, GradCAMPlusPlus):  # type: ignore[misc]
+    """A. Chattopadhay et al., Grad-CAM++, WACV 2018."""
+
+
+class _HiResCAM(_Raw, HiResCAM):  # type: ignore[misc]
+    """R. Draelos, L. Carin, HiResCAM, arXiv 2011.08891."""
+
+
+class _LayerCAM(_Raw, LayerCAM):  # type: ignore[misc]
+    """P.-T. Jiang et al., LayerCAM, IEEE TIP 2021."""
+
+
+_METHODS: Mapping[CamMethod, Any] = {
+    "grad-cam": _GradCAM,
+    "grad-cam++": _GradCAMPlusPlus,
+    "hirescam": _HiResCAM,
+    "layercam": _LayerCAM,
+}
 
 
 class _Sum:
@@ -54,11 +84,11 @@ def grad_cam(
     layer: str,
     inputs: NDArray[np.float32],
     targets: Sequence[Mapping[int, float]],
+    method: CamMethod = "grad-cam",
 ) -> NDArray[np.float32]:
     """Raw ReLU maps, shape (n, h, w) of the layer, of a weighted sum of outputs for each input.
 
     targets : {output: weight}, one an input
-
     model : eager, fp32; its weights' gradients are not needed and stay off. Inputs go one by one,
     so that a map does not depend on what else is in the batch, nor the memory on how many there
     are.
@@ -73,7 +103,7 @@ def grad_cam(
         raise BundleError(f"explain.layer: the model has no module {layer!r}")
     device = next(model.parameters()).device
     maps = []
-    with torch.enable_grad(), RawGradCAM(model=model, target_layers=[named[layer]]) as cam:
+    with torch.enable_grad(), _METHODS[method](model=model, target_layers=[named[layer]]) as cam:
         for image, target in zip(inputs, targets, strict=True):
             tensor = torch.from_numpy(image[None]).to(device).requires_grad_(True)
             maps.append(cam(tensor, [_Sum(target)])[0])

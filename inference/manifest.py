@@ -17,6 +17,9 @@ STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 
 Pair = tuple[float, float]  # lower, upper; both belong to the range
 
+#: What can explain a logit; `inference.heatmap` has the papers.
+CamMethod = Literal["grad-cam", "grad-cam++", "hirescam", "layercam"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applies:
@@ -81,11 +84,20 @@ class BodySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """A share of the filled body's pixels, over all images, that is limited in real ones."""
+    """A figure of the pixels of all images that is limited in real ones.
+
+    Either the share of the filled body's pixels that have these values, or the noise from pixel to
+    pixel, wherever the mean of a pixel's four neighbours has these values.
+    """
 
     name: str
     values: Pair  # low <= value < high, after clipping to value_range
-    share: Pair  # 0..1
+    share: Pair | None = None  # 0..1
+    noise: Pair | None = None  # standard deviation, in the values' unit
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.noise is None):
+            raise ValueError("a gate limits either share or noise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +158,25 @@ class InputSpec:
     @property
     def channels(self) -> int:
         return (2 * self.neighbours + 1) * len(self.windows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvidenceSpec:
+    """A head that judges an image cell by cell: `inference.evidence`."""
+
+    stages: tuple[int, ...]  # timm's feature stages (`out_indices`), ascending
+    grid: int  # the one of them whose cells are judged
+    width: int  # channels of each member
+    members: int = (
+        1  # heads on one backbone, fitted from different seeds; their logits are averaged
+    )
+    cells: int = 8  # so many of the strongest make an image's logit
+
+    def __post_init__(self) -> None:
+        if list(self.stages) != sorted(set(self.stages)) or self.grid not in self.stages:
+            raise ValueError("stages must ascend, and grid be one of them")
+        if min(self.width, self.members, self.cells) < 1:
+            raise ValueError("width, members and cells must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,8 +252,8 @@ class StudySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainSpec:
-    layer: str  # the module's name in the timm model, e.g. "conv_head"
-    method: Literal["grad-cam"] = "grad-cam"
+    layer: str  # the module's name in the model, e.g. "conv_head"
+    method: CamMethod = "grad-cam"
     key_images: int = 3  # at most
     pointing_game: float | None = None  # share of hits, 0..1, and its two controls
     pointing_game_untrained: float | None = None
@@ -260,6 +291,7 @@ class Manifest:
     study: StudySpec
     explain: ExplainSpec
     output: OutputSpec
+    evidence: EvidenceSpec | None = None  # None: the architecture's own classifier
     trained_on: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -12,6 +12,8 @@ from torch import nn
 
 from db.errors import PermanentError
 from inference.bundle import Bundle, BundleError
+from inference.evidence import EvidenceNet
+from inference.manifest import Manifest
 
 REFERENCE_LIMIT = 0.02  # logits; DESIGN 7.4
 
@@ -22,20 +24,32 @@ class ReferenceMissed(PermanentError):
     code: ClassVar[str] = "reference_missed"
 
 
-def build_model(architecture: str, *, outputs: int, channels: int) -> nn.Module:
-    """An untrained timm model in fp32: (n, channels, size, size) -> (n, outputs) logits.
+def build_model(manifest: Manifest) -> nn.Module:
+    """The manifest's network, untrained, fp32: (n, channels, size, size) -> (n, outputs) logits.
 
     Raises
     ------
     BundleError
-        If timm knows no such architecture.
+        If timm knows no such architecture, or it lacks the stages.
     """
-    if not timm.is_model(architecture):
-        raise BundleError(f"architecture: timm has no {architecture!r}")
-    model: nn.Module = timm.create_model(
-        architecture, pretrained=False, num_classes=outputs, in_chans=channels
-    )
-    return model
+    name, channels = manifest.architecture, manifest.input.channels
+    if not timm.is_model(name):
+        raise BundleError(f"architecture: timm has no {name!r}")
+    if manifest.evidence is None:
+        model: nn.Module = timm.create_model(
+            name, pretrained=False, num_classes=manifest.outputs, in_chans=channels
+        )
+        return model
+    try:
+        return EvidenceNet(
+            name,
+            channels=channels,
+            labels=len(manifest.labels),
+            outputs=manifest.outputs,
+            spec=manifest.evidence,
+        )
+    except ValueError as error:
+        raise BundleError(f"evidence.stages: {error}") from None
 
 
 def load_model(bundle: Bundle, device: str | torch.device = "cpu") -> nn.Module:
@@ -47,9 +61,7 @@ def load_model(bundle: Bundle, device: str | torch.device = "cpu") -> nn.Module:
         If the weights do not fit the architecture, or are not a safetensors file.
     """
     manifest = bundle.manifest
-    model = build_model(
-        manifest.architecture, outputs=manifest.outputs, channels=manifest.input.channels
-    )
+    model = build_model(manifest)
     try:
         model.load_state_dict(load_file(bundle.weights))
     except (RuntimeError, SafetensorError, OSError) as error:

@@ -135,7 +135,8 @@ def make_heatmaps(
         own_say(names.index(key.label), len(names), len(neighbourhood(index, n, context)), context)
         for index, key in zip(which, finding.key_images, strict=True)
     ]
-    raw = heatmap.grad_cam(model, bundle.manifest.explain.layer, seen.inputs[which], targets)
+    how = bundle.manifest.explain
+    raw = heatmap.grad_cam(model, how.layer, seen.inputs[which], targets, how.method)
     maps = []
     for index, cam, key in zip(which, raw, finding.key_images, strict=True):
         ref = finding.images[key.image]
@@ -221,6 +222,33 @@ def aggregate(logits: Sequence[float] | NDArray[np.floating], how: Aggregation) 
     return float(max(window.mean() for window in windows))
 
 
+def study_scores(
+    logits: Logits, bundle: Bundle, prevalence: Mapping[str, float]
+) -> tuple[list[RawScore], dict[str, CalibratedProbability]]:
+    """The study's raw score of every label, and the probability of each that is calibrated.
+
+    logits : shape (images, labels), in context
+    prevalence : a tenant's own, {"bundle.label": number}
+    """
+    manifest = bundle.manifest
+    raws = [RawScore(aggregate(column, manifest.study.aggregation)) for column in logits.T]
+    chances: dict[str, CalibratedProbability] = {}
+    for spec, raw in zip(manifest.labels, raws, strict=True):
+        if spec.reference_prevalence is not None:
+            chances[spec.id] = calibrate(
+                raw,
+                bundle.calibrations[spec.id],
+                reference_prevalence=spec.reference_prevalence,
+                site_prevalence=prevalence.get(f"{bundle.name}.{spec.id}"),
+            )
+    chances = implied(
+        chances,
+        {spec.id: spec.implies for spec in manifest.labels},
+        {spec.id: spec.reference_prevalence or 0.0 for spec in manifest.labels},
+    )
+    return raws, chances
+
+
 def urgency(labels: Sequence[LabelResult], rules: Sequence[UrgencyRule]) -> Urgency:
     """The most urgent rule that a present label fulfils; a negative study is ROUTINE."""
     by_id = {label.label: label for label in labels}
@@ -242,21 +270,7 @@ def _labels(
     prevalence: Mapping[str, float],
 ) -> tuple[LabelResult, ...]:
     manifest = bundle.manifest
-    raws = [RawScore(aggregate(column, manifest.study.aggregation)) for column in logits.T]
-    chances: dict[str, CalibratedProbability] = {}
-    for spec, raw in zip(manifest.labels, raws, strict=True):
-        if spec.reference_prevalence is not None:
-            chances[spec.id] = calibrate(
-                raw,
-                bundle.calibrations[spec.id],
-                reference_prevalence=spec.reference_prevalence,
-                site_prevalence=prevalence.get(f"{bundle.name}.{spec.id}"),
-            )
-    chances = implied(
-        chances,
-        {spec.id: spec.implies for spec in manifest.labels},
-        {spec.id: spec.reference_prevalence or 0.0 for spec in manifest.labels},
-    )
+    raws, chances = study_scores(logits, bundle, prevalence)
     return tuple(
         LabelResult(
             label=spec.id,

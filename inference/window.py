@@ -40,8 +40,30 @@ class ModelInput:
         return self.sources[index][len(self.sources[index]) // 2]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Cropped:
+    """A volume turned, cut and resized, before windows: where training augments."""
+
+    images: NDArray[np.float32]  # (n, size, size), in the pixels' domain, within value_range
+    sources: tuple[tuple[int, ...], ...]
+    boxes: tuple[Box, ...]
+    reorientation: Reorientation
+
+
 def model_input(volume: Volume, pixels: PixelSpec, spec: InputSpec) -> ModelInput:
     """Turn a volume into normalised model inputs, one an image or slab."""
+    made = cropped(volume, pixels, spec)
+    return ModelInput(
+        as_channels(made.images, spec),
+        made.sources,
+        made.boxes,
+        made.reorientation,
+        volume.pixels.shape[1:],
+    )
+
+
+def cropped(volume: Volume, pixels: PixelSpec, spec: InputSpec) -> Cropped:
+    """The first half of `model_input`: one image a slab, values as in the volume, clipped."""
     sources = slabs(volume, spec.slab_mm)
     low, high = pixels.value_range
     turn = reorientation(volume.orientation)
@@ -51,7 +73,7 @@ def model_input(volume: Volume, pixels: PixelSpec, spec: InputSpec) -> ModelInpu
     small = np.stack(
         [_cut(image, box, spec.size, low) for image, box in zip(clipped, boxes, strict=True)]
     )
-    return ModelInput(_channels(small, spec), sources, boxes, turn, volume.pixels.shape[1:])
+    return Cropped(small, sources, boxes, turn)
 
 
 def slabs(volume: Volume, slab_mm: float | None) -> tuple[tuple[int, ...], ...]:
@@ -142,8 +164,11 @@ def _weights(source: int, target: int) -> csr_array:
     return csr_array((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
-def _channels(images: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float32]:
-    """(n, size, size) -> (n, channels, size, size): windowed, neighbours beside, normalised."""
+def as_channels(images: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float32]:
+    """The second half: windowed, neighbours beside, normalised.
+
+    (n, size, size) -> (n, channels, size, size), the images in order along the normal
+    """
     windowed = np.stack(
         [
             np.clip((images - np.float32(w.centre - w.width / 2)) / np.float32(w.width), 0, 1)

@@ -174,9 +174,11 @@ def test_weights_of_another_architecture_are_refused(folder):
         load_model(load_bundle(folder))
 
 
-def test_an_architecture_timm_does_not_know_is_refused():
+def test_an_architecture_timm_does_not_know_is_refused(folder):
+    edit(folder / "manifest.toml", '"test_efficientnet"', '"no_such_net"')
+
     with pytest.raises(BundleError, match="timm has no"):
-        build_model("no_such_net", outputs=1, channels=3)
+        build_model(read_manifest(folder / "manifest.toml"))
 
 
 def test_a_model_that_misses_its_reference_must_not_serve(folder):

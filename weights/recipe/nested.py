@@ -1,32 +1,30 @@
-"""The whole recipe on some patients, and the same repeated in outer folds to say how good it is."""
+"""The whole recipe on some patients, and the same repeated in outer folds to say how good it is.
+
+What is fitted stands in `fits`; here is what is chosen from it, each time by patients that neither
+the fit nor the judgement has for its own: candidate, smoothing, aggregation, calibration,
+thresholds.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference.calibration import LabelCalibration
 from inference.manifest import Aggregation
-from inference.predict import aggregate
+from inference.predict import aggregate, in_context
 from weights.recipe import calibrate
-from weights.recipe.data import Cohort
-from weights.recipe.features import Progress, silent
+from weights.recipe.candidates.candidate import Candidate, Fit
+from weights.recipe.examples import ALL, Examples, Split
 from weights.recipe.figures import auc
-from weights.recipe.folds import patient_folds
-from weights.recipe.head import Balance, Head, Options, fit_head
+from weights.recipe.fits import Fits
+from weights.recipe.progress import Progress, silent
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
-_BALANCES: tuple[Balance, ...] = ("none", "balanced")
-_CONTEXTS = (0, 1, 2)
-OPTIONS = tuple(
-    Options(c, balance, context)
-    for c, balance, context in product((3e-4, 1e-3, 3e-3), _BALANCES, _CONTEXTS)
-)
 AGGREGATIONS = (
     Aggregation(kind="max"),
     Aggregation(kind="topk_mean", k=3),
@@ -41,46 +39,58 @@ HIGH_SENSITIVITY = 0.95
 HIGH_SPECIFICITY = 0.90
 OPERATING_POINTS = ("high sensitivity", "balanced", "high specificity")
 
-_INNER_FOLDS = 5
+#: Of so many draws of patients, this share must say that a family is better than the default one.
+_DRAWS, _BEATEN = 500, 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothing:
+    """How far a slice's neighbours have a say in its logits."""
+
+    context: int  # slices on each side
+    share: float  # 0..1, of the neighbourhood's mean
+
+    def apply(self, logits: Floats, groups: Sequence[Rows]) -> Floats:
+        """(slices, labels) -> the same; `groups` are the rows of each patient, in order."""
+        made, mix = np.array(logits, np.float64), self.mix(logits.shape[1])
+        for rows in groups if self.context else ():
+            made[rows] = in_context(logits[rows] @ mix.T, self.context)
+        return made
+
+    def mix(self, labels: int) -> Floats:
+        """(outputs, labels): what the served network makes of its labels' logits."""
+        same = np.eye(labels)
+        if not self.context:
+            return same
+        return np.concatenate([(1 - self.share) * same, self.share * same])
+
+    def __str__(self) -> str:
+        return f"{self.share:g} of {self.context} each side" if self.context else "none"
+
+
+SMOOTHINGS = (
+    Smoothing(0, 0.0),
+    Smoothing(1, 0.5),
+    Smoothing(1, 0.75),
+    Smoothing(2, 0.5),
+    Smoothing(2, 0.75),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Examples:
-    """Features and labels of some slices, with the rows of each patient."""
+class Chosen:
+    """All that the recipe makes of the patients outside a split."""
 
-    features: NDArray[np.float32]  # (slices, width)
-    labels: Bools  # (slices, labels)
-    groups: tuple[Rows, ...]  # one entry a patient
-
-    @classmethod
-    def of(cls, cohort: Cohort, features: NDArray[np.float32]) -> "Examples":
-        return cls(features, cohort.labels, tuple(rows for _, rows in cohort.by_patient()))
-
-    @property
-    def any_patient(self) -> Bools:
-        """Whether each patient has a positive slice, by the first label."""
-        return np.array([self.labels[rows, 0].any() for rows in self.groups])
-
-    def only(self, patients: Sequence[int] | Rows) -> "Examples":
-        """The slices of these patients (places in `groups`), and nothing of the others."""
-        chosen = [self.groups[i] for i in patients]
-        rows = np.concatenate(chosen)
-        ends = np.cumsum([len(group) for group in chosen])
-        groups = tuple(np.arange(end - len(g), end) for g, end in zip(chosen, ends, strict=True))
-        return Examples(self.features[rows], self.labels[rows], groups)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fitted:
-    """All that the recipe makes of some patients."""
-
-    head: Head
-    options: Options
+    candidate: Candidate
+    fit: Fit
+    smoothing: Smoothing
     aggregation: Aggregation
     choice: calibrate.Choice
     thresholds: Mapping[str, float]  # by operating point, on the scale of the calibration
-    logits: Floats  # (slices,) of the first label, out of the inner folds
-    study_logits: Floats  # (patients,), those logits aggregated
+    patients: Rows  # places of those it was made of
+    logits: Floats  # (slices,) of the first label, out of the inner folds; NaN of the others
+    study_logits: Floats  # one entry for each of `patients`, those logits aggregated
+    slice_aucs: Mapping[str, float]  # by family, of its best, out of the inner folds
 
     @property
     def calibration(self) -> LabelCalibration:
@@ -92,58 +102,123 @@ class OutOfFold:
     """What the outer folds say of patients they did not see; patients in the cohort's order."""
 
     folds: NDArray[np.int64]  # (patients,)
-    fitted: tuple[Fitted, ...]  # one a fold
+    chosen: tuple[Chosen, ...]  # one a fold
     logits: Floats  # (slices, labels)
     study_logits: Floats  # (patients,)
     probability: Floats  # (patients,), calibrated
     present: Mapping[str, Bools]  # (patients,) by operating point
 
 
-def fit_recipe(examples: Examples, *, seed: int) -> Fitted:
-    """Choose, fit, calibrate and set thresholds, with nothing but these patients.
+class Recipe:
+    """Chooses from candidates; the first one's family is taken unless another beats it."""
 
-    Every choice is made on inner folds by patient; the head is then fitted on all of them.
-    """
-    truth = examples.any_patient
-    options, logits = _best_options(examples, seed=seed)
-    aggregation, choice = _best_aggregation(examples, logits, seed=seed)
-    study = study_logits(logits, examples.groups, aggregation)
-    probability = calibrate.apply(choice.calibration, study)
-    return Fitted(
-        head=fit_head(examples.features, examples.labels, examples.groups, options),
-        options=options,
-        aggregation=aggregation,
-        choice=choice,
-        thresholds=thresholds(probability, truth),
-        logits=logits,
-        study_logits=study,
-    )
+    def __init__(self, fits: Fits, candidates: Sequence[Candidate], *, seed: int) -> None:
+        self._fits = fits
+        self._candidates = tuple(candidates)
+        self._seed = seed
+
+    @property
+    def fits(self) -> Fits:
+        return self._fits
+
+    @property
+    def examples(self) -> Examples:
+        return self._fits.examples
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return self._candidates
+
+    def only(self, family: str) -> "Recipe":
+        """The same recipe with one family to choose from."""
+        kept = [candidate for candidate in self._candidates if candidate.family == family]
+        return Recipe(self._fits, kept, seed=self._seed)
+
+    def choose(self, held: Split = ALL) -> Chosen:
+        """Choose, calibrate and set thresholds, with nothing but the patients not held out."""
+        examples = self.examples
+        patients = examples.patients(held, inside=False)
+        truth = examples.truth[patients]
+        groups = [examples.groups[i] for i in patients]
+        candidate, smoothing, logits, aucs = self._best(held, groups)
+        aggregation, choice = _best_aggregation(logits, groups, truth, patients, seed=self._seed)
+        study = study_logits(logits, groups, aggregation)
+        return Chosen(
+            candidate=candidate,
+            fit=self._fits.get(candidate, held),
+            smoothing=smoothing,
+            aggregation=aggregation,
+            choice=choice,
+            thresholds=thresholds(calibrate.apply(choice.calibration, study), truth),
+            patients=patients,
+            logits=logits,
+            study_logits=study,
+            slice_aucs=aucs,
+        )
+
+    def out_of_fold(self, progress: Progress = silent) -> OutOfFold:
+        """Each outer fold repeats the whole recipe without its patients and judges them."""
+        examples, n = self.examples, self.examples.n_folds
+        logits = np.empty(examples.labels.shape)
+        study, probability = np.empty(len(examples.folds)), np.empty(len(examples.folds))
+        present = {name: np.empty(len(examples.folds), np.bool_) for name in OPERATING_POINTS}
+        made = []
+        for fold in range(n):
+            progress("outer folds", fold, n)
+            chosen = self.choose(Split({fold}))
+            unseen = examples.patients(Split({fold}), inside=True)
+            groups = [examples.groups[i] for i in unseen]
+            rows = examples.rows(unseen)
+            logits[rows] = chosen.smoothing.apply(chosen.fit.logits, groups)[rows]
+            study[unseen] = study_logits(logits[:, 0], groups, chosen.aggregation)
+            probability[unseen] = calibrate.apply(chosen.calibration, study[unseen])
+            for name, threshold in chosen.thresholds.items():
+                present[name][unseen] = probability[unseen] >= threshold
+            made.append(chosen)
+        progress("outer folds", n, n)
+        return OutOfFold(examples.folds, tuple(made), logits, study, probability, present)
+
+    def inner_logits(self, candidate: Candidate, held: Split) -> Floats:
+        """(slices, labels), each slice by a fit without its fold and the held ones; NaN of held."""
+        examples = self.examples
+        logits = np.full(examples.labels.shape, np.nan)
+        for fold in sorted(set(range(examples.n_folds)) - held):
+            rows = examples.rows(np.flatnonzero(examples.folds == fold))
+            logits[rows] = self._fits.get(candidate, held | {fold}).logits[rows]
+        return logits
+
+    def _best(
+        self, held: Split, groups: Sequence[Rows]
+    ) -> tuple[Candidate, Smoothing, Floats, Mapping[str, float]]:
+        """By slice AUC, which slices enough carry; with the first label's logits."""
+        truth = self.examples.labels[:, 0]
+        rows = np.concatenate(list(groups))
+        best: dict[str, tuple[float, Candidate, Smoothing, Floats]] = {}
+        for candidate in self._candidates:
+            plain = self.inner_logits(candidate, held)[:, :1]
+            for smoothing in SMOOTHINGS:
+                logits = smoothing.apply(plain, groups)[:, 0]
+                value = auc(logits[rows], truth[rows])
+                if candidate.family not in best or value > best[candidate.family][0]:
+                    best[candidate.family] = (value, candidate, smoothing, logits)
+        default = best[self._candidates[0].family]
+        winner = max(best.values(), key=lambda one: one[0])
+        if winner is not default and not beats(
+            winner[3], default[3], truth, groups, seed=self._seed
+        ):
+            winner = default
+        return *winner[1:], {family: round(one[0], 4) for family, one in best.items()}
 
 
-def out_of_fold(
-    examples: Examples, *, folds: int, seed: int, progress: Progress = silent
-) -> OutOfFold:
-    """Each outer fold repeats the whole recipe on its training patients and judges the others."""
-    number = patient_folds(examples.any_patient, folds, seed)
-    logits = np.empty(examples.labels.shape)
-    study, probability = np.empty(len(number)), np.empty(len(number))
-    present = {name: np.empty(len(number), np.bool_) for name in OPERATING_POINTS}
-    fitted = []
-    for fold in range(folds):
-        progress("outer folds", fold, folds)
-        made = fit_recipe(examples.only(np.flatnonzero(number != fold)), seed=seed)
-        held_out = np.flatnonzero(number == fold)
-        rows = np.concatenate([examples.groups[i] for i in held_out])
-        unseen = examples.only(held_out)
-        logits[rows] = made.head.logits(unseen.features, unseen.groups)
-        groups = [examples.groups[i] for i in held_out]
-        study[held_out] = study_logits(logits[:, 0], groups, made.aggregation)
-        probability[held_out] = calibrate.apply(made.calibration, study[held_out])
-        for name, threshold in made.thresholds.items():
-            present[name][held_out] = probability[held_out] >= threshold
-        fitted.append(made)
-    progress("outer folds", folds, folds)
-    return OutOfFold(number, tuple(fitted), logits, study, probability, present)
+def beats(
+    logits: Floats, other: Floats, truth: Bools, groups: Sequence[Rows], *, seed: int
+) -> bool:
+    """Whether the slice AUC is higher in nearly all of paired draws of patients."""
+    rng, better = np.random.default_rng(seed), 0
+    for _ in range(_DRAWS):
+        rows = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
+        better += auc(logits[rows], truth[rows]) > auc(other[rows], truth[rows])
+    return better >= _BEATEN * _DRAWS
 
 
 def study_logits(logits: Floats, groups: Sequence[Rows], how: Aggregation) -> Floats:
@@ -177,35 +252,12 @@ def thresholds(probability: Floats, truth: Bools) -> dict[str, float]:
     }
 
 
-def _best_options(examples: Examples, *, seed: int) -> tuple[Options, Floats]:
-    """By out-of-fold slice AUC, which slices enough carry; with those logits."""
-    tried = {options: _inner_logits(examples, options, seed=seed) for options in OPTIONS}
-    best = max(tried, key=lambda options: auc(tried[options], examples.labels[:, 0]))
-    return best, tried[best]
-
-
-def _inner_logits(examples: Examples, options: Options, *, seed: int) -> Floats:
-    """(slices,) of the first label, each from a head that did not see its patient."""
-    logits = np.empty(len(examples.labels))
-    number = patient_folds(examples.any_patient, _INNER_FOLDS, seed)
-    for fold in range(_INNER_FOLDS):
-        seen = examples.only(np.flatnonzero(number != fold))
-        unseen = examples.only(np.flatnonzero(number == fold))
-        head = fit_head(seen.features, seen.labels[:, :1], seen.groups, options)
-        rows = np.concatenate([examples.groups[i] for i in np.flatnonzero(number == fold)])
-        logits[rows] = head.logits(unseen.features, unseen.groups)[:, 0]
-    return logits
-
-
 def _best_aggregation(
-    examples: Examples, logits: Floats, *, seed: int
+    logits: Floats, groups: Sequence[Rows], truth: Bools, patients: Rows, *, seed: int
 ) -> tuple[Aggregation, calibrate.Choice]:
     """By the cross-fitted log-loss of the best calibration each one allows."""
-    truth, patients = examples.any_patient, np.arange(len(examples.groups))
     tried = {
-        how: calibrate.choose(
-            study_logits(logits, examples.groups, how), truth, patients, seed=seed
-        )
+        how: calibrate.choose(study_logits(logits, groups, how), truth, patients, seed=seed)
         for how in AGGREGATIONS
     }
     best = min(tried, key=lambda how: min(tried[how].log_losses.values()))

@@ -1,154 +1,186 @@
-"""The pointing game: does the peak of a heat map lie on the lesion more often than simpler guesses?
+"""Do the heat maps point at lesions, and more often than simpler guesses?
 
-J. Zhang et al., Top-down neural attention by excitation backprop, 2016. A hit is a peak inside any
-of the slice's lesion boxes, without tolerance. Out of fold: each map is made by a head that never
-saw its patient.
+Two figures on the slices that somebody marked. Pointing game: is the map's peak inside one of the
+slice's lesion boxes, without tolerance (J. Zhang et al., Top-down neural attention by excitation
+backprop, 2016). Energy: how much of the map lies inside them (H. Wang et al., Score-CAM, 2020).
+Both are averaged over a patient's slices, then over patients. Out of fold: each map is made by a
+fit that never saw its patient, by the method and layer that its training patients liked best.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import nn
 
 from db.outline import body_mask
-from inference.heatmap import grad_cam, to_source
-from inference.manifest import Manifest
-from inference.predict import neighbourhood, own_say
-from inference.window import ModelInput
-from weights.recipe.data import PICTURE_RANGE_HU, Cohort, LesionBox, read_boxes
-from weights.recipe.features import Progress, seen_by_model, silent
-from weights.recipe.figures import share, with_interval
-from weights.recipe.head import Head
-from weights.recipe.network import with_head
+from inference.window import resize
+from weights.recipe.bank import Pictures
+from weights.recipe.candidates.candidate import Candidate, Explanation, servable
+from weights.recipe.data import LesionBox
+from weights.recipe.examples import ALL, Examples, Split
+from weights.recipe.figures import with_interval
+from weights.recipe.fits import Fits
+from weights.recipe.nested import OutOfFold
+from weights.recipe.progress import Progress, silent
+
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Maps = NDArray[np.float32]
 
 _BONE_HU = 90.0
-_COARSE = (
-    2  # every second pixel of the 650-pixel pictures, about 0.8 mm, is enough for both controls
-)
 _SMOOTH_PIXELS = 1.5  # about one millimetre, so that noise is no peak
 _UNTRAINED_SEED = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Pointing:
+    """How one map fares on its slice."""
+
+    hit: float  # 1: the peak lies in a box
+    energy: float  # 0..1, the share of the map that lies in boxes
+
+    @classmethod
+    def of(cls, image: Maps, lesions: Sequence[LesionBox]) -> "Pointing":
+        """image : (rows, cols), never negative; an empty one points nowhere: a miss"""
+        if not image.max() > 0:
+            return cls(0.0, 0.0)
+        rows, columns = image.shape
+        row, column = np.unravel_index(int(np.argmax(image)), image.shape)
+        y, x = (float(row) + 0.5) / rows, (float(column) + 0.5) / columns
+        hit = any(b.left <= x <= b.right and b.top <= y <= b.bottom for b in lesions)
+        inside = np.zeros(image.shape, np.bool_)
+        for box in lesions:
+            top, left = max(round(box.top * rows), 0), max(round(box.left * columns), 0)
+            inside[top : round(box.bottom * rows), left : round(box.right * columns)] = True
+        return cls(float(hit), float(image[inside].sum() / image.sum()))
+
+
+def best_explanation(fits: Fits, candidate: Candidate, held: Split = ALL) -> Explanation:
+    """By the pointing game on patients that neither fit nor judgement has for its own."""
+    examples = fits.examples
+    offered = servable(candidate).explanations
+    found: dict[Explanation, list[tuple[int, Pointing]]] = {how: [] for how in offered}
+    for fold in sorted(set(range(examples.n_folds)) - held):
+        rows = _marked(examples, np.flatnonzero(examples.folds == fold))
+        if len(rows) and len(offered) > 1:
+            weights = fits.get(candidate, held | {fold}).weights
+            for how in offered:
+                maps = servable(candidate).maps(weights, rows, how)
+                found[how] += _points(examples, rows, maps, _side(maps))
+    return max(offered, key=lambda how: _patient_mean(found[how], "hit"))
+
+
+def _side(maps: Maps) -> int:
+    """Pixels a side that a map is drawn at to find its peak: as fine as a served overlay needs."""
+    return max(8 * int(maps.shape[1]), 160)
+
+
 def pointing_game(
-    cohort: Cohort,
-    data: Path,
-    heads: Sequence[Head],
-    folds: NDArray[np.int64],
-    backbone: nn.Module,
-    manifest: Manifest,
+    fits: Fits,
+    found: OutOfFold,
+    pictures: Pictures,
     *,
+    active: str,
     seed: int,
     progress: Progress = silent,
-) -> dict[str, object]:
-    """Share of hits with 95 % intervals over patients, for the model and its two controls.
+) -> dict[str, Any]:
+    """Model and controls, all marked slices and those of patients that were detected.
 
-    heads : one a fold; folds : (patients,) the fold of each
+    active : the operating point by which a patient counts as detected
     """
-    boxes = read_boxes(data)
-    networks = [with_head(backbone, head, manifest.architecture) for head in heads]
-    guess = _untrained(heads[0])
-    untrained = with_head(backbone, guess, manifest.architecture)
-    hits: dict[str, list[bool]] = {"model": [], "untrained": [], "brightest": []}
-    groups: list[NDArray[np.int64]] = []
+    examples, patient_of = fits.examples, fits.examples.patient_of
+    points: dict[str, list[tuple[int, Pointing]]] = {
+        name: [] for name in ("model", "untrained", "brightest")
+    }
     chance: list[float] = []
-    for place, (patient, rows) in enumerate(cohort.by_patient()):
-        progress("pointing game", place, len(folds))
-        # One box (patient 86, slice 17) lies on a slice that the radiologists call clear: left out.
-        marked = [
-            i
-            for i, row in enumerate(rows)
-            if cohort.labels[row, 0] and (patient, cohort.slice_numbers[row]) in boxes
-        ]
-        if not marked:
+    explanations = []
+    for fold, chosen in enumerate(found.chosen):
+        progress("pointing game", fold, len(found.chosen))
+        how = best_explanation(fits, chosen.candidate, Split({fold}))
+        explanations.append(str(how))
+        rows = _marked(examples, np.flatnonzero(examples.folds == fold))
+        if not len(rows):
             continue
-        seen, fold = seen_by_model(cohort, rows, manifest), folds[place]
-        grey = cohort.grey(rows)
-        groups.append(np.arange(len(chance), len(chance) + len(marked)))
-        for i in marked:
-            lesions = boxes[patient, int(cohort.slice_numbers[rows[i]])]
-            layer = manifest.explain.layer
-            hits["model"].append(_hit(_peak(networks[fold], heads[fold], layer, seen, i), lesions))
-            hits["untrained"].append(_hit(_peak(untrained, guess, layer, seen, i), lesions))
-            hits["brightest"].append(_hit(_brightest(grey[i]), lesions))
-            chance.append(_area(grey[i], lesions))
-    return _summary({k: np.array(v) for k, v in hits.items()}, groups, chance, seed)
-
-
-def _summary(
-    hits: Mapping[str, NDArray[np.bool_]],
-    groups: Sequence[NDArray[np.int64]],
-    chance: Sequence[float],
-    seed: int,
-) -> dict[str, object]:
-    def rate(flags: NDArray[np.bool_]) -> dict[str, float]:
-        return with_interval(lambda rows: share(flags[rows]), groups, seed=seed)
-
+        candidate = servable(chosen.candidate)
+        guess = candidate.untrained(chosen.fit.weights, _UNTRAINED_SEED)
+        for name, weights in (("model", chosen.fit.weights), ("untrained", guess)):
+            maps = candidate.maps(weights, rows, how)
+            points[name] += _points(examples, rows, maps, _side(maps))
+        images = [pictures.images[row] for row in rows]
+        bright = np.stack([_bright(image) for image in images])
+        points["brightest"] += _points(examples, rows, bright, bright.shape[1])
+        lesions = [examples.lesions[int(row)] for row in rows]
+        chance += [_area(image, boxes) for image, boxes in zip(images, lesions, strict=True)]
+    progress("pointing game", len(found.chosen), len(found.chosen))
+    detected = {i for i in range(len(examples.folds)) if found.present[active][i]}
+    parts = {"all": set(patient_of.tolist()), "detected": detected}
     return {
-        "slices": len(chance),
-        "patients": len(groups),
-        **{name: rate(flags) for name, flags in hits.items()},
-        "box_share_of_head": round(float(np.mean(chance)), 4),
+        "explanations_by_fold": explanations,
+        "box_share_of_head": round(float(np.mean(chance)), 4) if chance else None,
+        **{part: _summary(points, among, seed) for part, among in parts.items()},
     }
 
 
-def _untrained(like: Head) -> Head:
-    rng = np.random.default_rng(_UNTRAINED_SEED)
-    return Head(rng.normal(size=like.weight.shape), np.zeros_like(like.bias), like.context)
+def _marked(examples: Examples, patients: Rows) -> Rows:
+    """The marked slices of these patients."""
+    rows = np.array(sorted(examples.lesions), np.int64)
+    chosen: Rows = rows[np.isin(examples.patient_of[rows], patients)]
+    return chosen
 
 
-def _peak(
-    network: nn.Module, head: Head, layer: str, seen: ModelInput, index: int
-) -> tuple[float, float] | None:
-    """Where the first label's map is strongest, in fractions of the picture; None: empty."""
-    beside = len(neighbourhood(index, len(seen.inputs), head.context))
-    n_labels = len(head.bias) // (2 if head.context else 1)
-    say = own_say(0, n_labels, beside, head.context)
-    cam = grad_cam(network, layer, seen.inputs[index : index + 1], [say])[0]
-    mapped = to_source(cam, seen, index)
-    return _place(mapped) if mapped.max() > 0 else None
+def _points(examples: Examples, rows: Rows, maps: Maps, side: int) -> list[tuple[int, Pointing]]:
+    """(patient, how its map fares) for each row."""
+    drawn = (one if len(one) == side else resize(one, (side, side)) for one in maps)
+    return [
+        (int(examples.patient_of[row]), Pointing.of(image, examples.lesions[int(row)]))
+        for row, image in zip(rows, drawn, strict=True)
+    ]
 
 
-def _brightest(grey: NDArray[np.uint8]) -> tuple[float, float] | None:
-    """The brightest place inside the skull, after a little smoothing."""
-    hu = _coarse_hu(grey)
-    smooth = ndimage.gaussian_filter(hu, _SMOOTH_PIXELS)
-    inside = ndimage.binary_erosion(body_mask(hu, 0.0), iterations=6) & ~ndimage.binary_dilation(
-        hu > _BONE_HU, iterations=3
+def _patient_mean(points: Sequence[tuple[int, Pointing]], figure: str) -> float:
+    by_patient: dict[int, list[float]] = {}
+    for patient, one in points:
+        by_patient.setdefault(patient, []).append(getattr(one, figure))
+    return float(np.mean([np.mean(values) for values in by_patient.values()])) if points else 0.0
+
+
+def _summary(
+    points: Mapping[str, Sequence[tuple[int, Pointing]]], among: set[int], seed: int
+) -> dict[str, Any]:
+    """Each figure with its interval over patients."""
+    kept = {name: [one for one in some if one[0] in among] for name, some in points.items()}
+    patients = sorted({patient for patient, _ in kept["model"]})
+    made: dict[str, Any] = {"slices": len(kept["model"]), "patients": len(patients)}
+    for name, some in kept.items():
+        for figure in ("hit", "energy"):
+            by_patient = [
+                _patient_mean([one for one in some if one[0] == p], figure) for p in patients
+            ]
+            made[f"{name}_{figure}"] = _mean(np.array(by_patient), seed)
+    return made
+
+
+def _mean(values: Floats, seed: int) -> dict[str, float] | None:
+    """Of one number a patient, with its interval; None of nobody."""
+    if not len(values):
+        return None
+    each = [np.array([place]) for place in range(len(values))]
+    return with_interval(lambda rows: float(values[rows].mean()), each, seed=seed)
+
+
+def _bright(image: Maps) -> Maps:
+    """The brightness inside the skull, after a little smoothing; 0 elsewhere. (rows, cols), HU."""
+    smooth = ndimage.gaussian_filter(image, _SMOOTH_PIXELS)
+    inside = ndimage.binary_erosion(body_mask(image, 0.0), iterations=6) & ~ndimage.binary_dilation(
+        image > _BONE_HU, iterations=3
     )
-    return _place(np.where(inside, smooth, -np.inf)) if inside.any() else None
+    made: Maps = np.where(inside, np.maximum(smooth, 0), 0).astype(np.float32)
+    return made
 
 
-def _place(values: NDArray[np.float32]) -> tuple[float, float]:
-    row, column = np.unravel_index(int(np.argmax(values)), values.shape)
-    return (float(row) + 0.5) / values.shape[0], (float(column) + 0.5) / values.shape[1]
-
-
-def _hit(place: tuple[float, float] | None, lesions: Sequence[LesionBox]) -> bool:
-    """An empty map points nowhere: a miss."""
-    if place is None:
-        return False
-    y, x = place
-    return any(box.left <= x <= box.right and box.top <= y <= box.bottom for box in lesions)
-
-
-def _area(grey: NDArray[np.uint8], lesions: Sequence[LesionBox]) -> float:
+def _area(image: Maps, lesions: Sequence[LesionBox]) -> float:
     """The share of the head that its boxes cover: what a blind guess would hit."""
-    head = body_mask(_coarse_hu(grey), 0.0)
-    rows, columns = head.shape
-    inside = np.zeros_like(head)
-    for box in lesions:
-        top, bottom = int(box.top * rows), int(np.ceil(box.bottom * rows))
-        left, right = int(box.left * columns), int(np.ceil(box.right * columns))
-        inside[max(top, 0) : bottom, max(left, 0) : right] = True
-    return float((inside & head).sum() / max(int(head.sum()), 1))
-
-
-def _coarse_hu(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
-    low, high = PICTURE_RANGE_HU
-    hu: NDArray[np.float32] = (
-        grey[::_COARSE, ::_COARSE].astype(np.float32) * ((high - low) / 255) + low
-    )
-    return hu
+    return Pointing.of(body_mask(image, 0.0).astype(np.float32), lesions).energy

@@ -14,6 +14,10 @@ _TEMPLATE = Path(__file__).with_name("ich.toml")
 # Stand in for what is not yet measured; the input, the layers and the labels do not depend on them.
 _UNMEASURED = {
     "version": "0",
+    "architecture": "none",
+    "evidence": "",
+    "method": "grad-cam",
+    "layer": "none",
     "weights_sha256": "0" * 64,
     "prevalence": "0.5",
     "threshold": "0.5",

@@ -2,38 +2,34 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from inference.bundle import CALIBRATION, load_bundle
-from inference.manifest import Manifest
 from inference.model import check_reference, load_model
 from inference.predict import aggregate
+from inference.serving import pick_device
 from weights.recipe import bundle_files, template
+from weights.recipe.bank import Pictures, read_pictures
 from weights.recipe.calibrate import apply
+from weights.recipe.candidates.candidate import Explanation, Servable, servable
 from weights.recipe.card import write_card
-from weights.recipe.data import LABELS, Cohort, read_cohort
-from weights.recipe.features import Progress, extract, silent
+from weights.recipe.compare import compared
+from weights.recipe.data import LABELS, Cohort, read_boxes, read_cohort
+from weights.recipe.examples import Examples
 from weights.recipe.figures import auc, brier, share
+from weights.recipe.fits import Fits
 from weights.recipe.judge import Judge
-from weights.recipe.nested import (
-    Examples,
-    Fitted,
-    Floats,
-    OutOfFold,
-    fit_recipe,
-    out_of_fold,
-    study_logits,
-)
-from weights.recipe.network import stored_backbone, with_head
-from weights.recipe.pointing import pointing_game
+from weights.recipe.line_up import line_up
+from weights.recipe.nested import Chosen, Floats, Recipe, study_logits
+from weights.recipe.pointing import best_explanation, pointing_game
+from weights.recipe.progress import Progress, silent
 from weights.recipe.series import NotJudged, series_logits
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 
 #: The operating point that serves.
 ACTIVE = "balanced"
@@ -42,112 +38,141 @@ ACTIVE = "balanced"
 _EXTERNAL = "head-ct-ge"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is tried; the defaults make the bundle that ships."""
+
+    seed: int = 0
+    folds: int = 5
+    repeats: int = 0  # so many times more with the patients parted in other ways
+    families: tuple[str, ...] = ()  # only these; empty: all
+    samples: int = 12_000  # slices drawn for each fit of an evidence head
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+
+
 def train(
-    data: Path, out: Path, *, seed: int = 0, folds: int = 5, progress: Progress = silent
+    data: Path, out: Path, *, plan: Plan | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
     """Write a bundle into `out`, and return its figures (also in report/figures.json).
 
-    Minutes on two cores. Features are kept in `out`/cache, so that a run that was stopped resumes;
-    the folder can be deleted afterwards. The same features, seed and folds give the same bytes;
-    features taken again may differ in their last digits, by how threads share the work.
+    Pictures, features and fits are kept in `out`/cache, so that a run that was stopped goes on
+    where it was; the folder can be deleted afterwards. What is kept, seed and folds given, the
+    result is the same to the byte; features taken again may differ in their last digits, by how
+    threads share the work.
 
     data : the folder of `ct-ich`: manifest.csv, boxes.csv, brain/
     """
+    plan = plan or Plan()
+    cohort, boxes = read_cohort(data), read_boxes(data)
     (out / "report").mkdir(parents=True, exist_ok=True)
-    manifest, cohort = template.draft(), read_cohort(data)
-    backbone = stored_backbone(manifest.architecture)
-    features = extract(cohort, backbone, manifest, out / "cache", progress)
-    examples = Examples.of(cohort, features)
-    found = out_of_fold(examples, folds=folds, seed=seed, progress=progress)
-    final = fit_recipe(examples, seed=seed)
-    figures = _figures(cohort, examples, found, final, seed=seed)
-    figures["other_splits"] = _other_splits(cohort, examples, folds, seed, progress)
-    heads = [fitted.head for fitted in found.fitted]
-    figures["pointing_game"] = pointing_game(
-        cohort, data, heads, found.folds, backbone, manifest, seed=seed, progress=progress
-    )
-    network = with_head(backbone, final.head, manifest.architecture)
-    _write(out, network, manifest, final, figures)
-    negatives = final.study_logits[~examples.any_patient]
+    cache = out / "cache"
+    pictures = read_pictures(cohort, template.draft(), cache, progress)
+    device = str(pick_device(plan.device))
+    everyone = line_up(pictures, cache, seed=plan.seed, samples=plan.samples, device=device)
+    candidates = everyone.only(plan.families)
+
+    def recipe_of(seed: int) -> Recipe:
+        examples = Examples.of(cohort, pictures, boxes, folds=plan.folds, seed=seed)
+        fits = Fits(cache / "fits", examples, seed=seed)
+        fits.make(candidates.shipping, examples.splits(), progress)
+        return Recipe(fits, candidates.shipping, seed=seed)
+
+    recipe = recipe_of(plan.seed)
+    figures, final, how = _judged(cohort, pictures, recipe, plan, progress)
+    recipe.fits.make(candidates.compared, recipe.examples.splits(), progress)
+    all_of_them = Recipe(recipe.fits, (*candidates.shipping, *candidates.compared), seed=plan.seed)
+    figures["compared"] = compared(all_of_them, seed=plan.seed, progress=progress)
+    figures["other_splits"] = [
+        _other_split(recipe_of(seed), seed, progress)
+        for seed in range(plan.seed + 1, plan.seed + 1 + plan.repeats)
+    ]
+    _write(out, final, how, figures)
+    negatives = final.study_logits[~recipe.examples.truth]
     figures["external"] = _external(out, data.parent / _EXTERNAL, negatives)
     (out / "report" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     write_card(out / "MODEL_CARD.md", figures)
     return figures
 
 
-def _figures(
-    cohort: Cohort, examples: Examples, found: OutOfFold, final: Fitted, *, seed: int
-) -> dict[str, Any]:
-    judge = Judge(cohort, found, seed=seed)
-    positive = cohort.per_patient(cohort.labels)
-    return {
+def _judged(
+    cohort: Cohort, pictures: Pictures, recipe: Recipe, plan: Plan, progress: Progress
+) -> tuple[dict[str, Any], Chosen, Explanation]:
+    """The figures of the outer folds, what ships, and how it is explained."""
+    examples = recipe.examples
+    found, final = recipe.out_of_fold(progress), recipe.choose()
+    judge = Judge(cohort, found, seed=plan.seed)
+    how = best_explanation(recipe.fits, final.candidate)
+    figures = {
         "version": VERSION,
-        "data": {
-            "patients": len(positive),
-            "slices": len(cohort.patients),
-            "positive_patients": dict(zip(LABELS, positive.sum(axis=0).tolist(), strict=True)),
-            "positive_slices": dict(zip(LABELS, cohort.labels.sum(axis=0).tolist(), strict=True)),
-        },
-        "seed": seed,
-        "outer_folds": len(found.fitted),
+        "data": _counts(examples),
+        "seed": plan.seed,
+        "outer_folds": len(found.chosen),
         "headline": judge.headline(),
         "operating_points": judge.operating_points(),
         "active": ACTIVE,
         "subgroups": judge.subgroups(ACTIVE),
         "subtypes": judge.by_subtype(ACTIVE),
         "shortcuts": judge.shortcuts(),
-        "per_fold": [_chosen(fitted) for fitted in found.fitted],
-        "final": {**_chosen(final), **_refit(examples, final)},
+        "per_fold": [_chosen(chosen) for chosen in found.chosen],
+        "final": {**_chosen(final), "explanation": str(how), **_refit(examples, final)},
+        "pointing_game": pointing_game(
+            recipe.fits, found, pictures, active=ACTIVE, seed=plan.seed, progress=progress
+        ),
         "study_logits": {  # of the final recipe, from folds that did not see the patient; sorted
             "negative": np.sort(final.study_logits[~judge.truth]).round(3).tolist(),
             "positive": np.sort(final.study_logits[judge.truth]).round(3).tolist(),
         },
     }
+    return figures, final, how
 
 
-def _other_splits(
-    cohort: Cohort, examples: Examples, folds: int, seed: int, progress: Progress
-) -> list[dict[str, float]]:
-    """The headline for other ways to part the same patients: how much is the luck of the draw."""
-    made = []
-    for other in (seed + 1, seed + 2):
-        found = out_of_fold(examples, folds=folds, seed=other, progress=progress)
-        truth = examples.any_patient
-        made.append(
-            {
-                "seed": other,
-                "patient_auc": round(auc(found.probability, truth), 4),
-                "slice_auc": round(auc(found.logits[:, 0], cohort.labels[:, 0]), 4),
-                "brier": round(brier(found.probability, truth), 4),
-                "sensitivity": round(share(found.present[ACTIVE][truth]), 4),
-                "specificity": round(share(~found.present[ACTIVE][~truth]), 4),
-            }
-        )
-    return made
-
-
-def _chosen(fitted: Fitted) -> dict[str, Any]:
-    """What the recipe chose, with what it chose from."""
-    calibration = {k: v for k, v in asdict(fitted.calibration).items() if v not in (None, (), "")}
+def _counts(examples: Examples) -> dict[str, Any]:
+    by_patient = np.array([examples.labels[rows].any(axis=0) for rows in examples.groups])
     return {
-        "c": fitted.options.c,
-        "balance": fitted.options.balance,
-        "context": fitted.options.context,
-        "aggregation": str(fitted.aggregation),
-        "calibration": calibration,
-        "calibration_log_losses": {k: round(v, 4) for k, v in fitted.choice.log_losses.items()},
-        "thresholds": {name: round(value, 4) for name, value in fitted.thresholds.items()},
+        "patients": len(by_patient),
+        "slices": len(examples.labels),
+        "positive_patients": dict(zip(LABELS, by_patient.sum(axis=0).tolist(), strict=True)),
+        "positive_slices": dict(zip(LABELS, examples.labels.sum(axis=0).tolist(), strict=True)),
     }
 
 
-def _refit(examples: Examples, final: Fitted) -> dict[str, Any]:
-    """How far the head that was fitted on all patients lies from the folds that calibrated it.
+def _other_split(recipe: Recipe, seed: int, progress: Progress) -> dict[str, float]:
+    """The headline for another way to part the same patients: how much is the luck of the draw."""
+    found, examples = recipe.out_of_fold(progress), recipe.examples
+    truth = examples.truth
+    return {
+        "seed": seed,
+        "patient_auc": round(auc(found.probability, truth), 4),
+        "slice_auc": round(auc(found.logits[:, 0], examples.labels[:, 0]), 4),
+        "brier": round(brier(found.probability, truth), 4),
+        "sensitivity": round(share(found.present[ACTIVE][truth]), 4),
+        "specificity": round(share(~found.present[ACTIVE][~truth]), 4),
+    }
+
+
+def _chosen(chosen: Chosen) -> dict[str, Any]:
+    """What the recipe chose, with what it chose from."""
+    calibration = {k: v for k, v in asdict(chosen.calibration).items() if v not in (None, (), "")}
+    return {
+        "candidate": chosen.candidate.name,
+        "family": chosen.candidate.family,
+        "inner_slice_aucs": chosen.slice_aucs,
+        "smoothing": str(chosen.smoothing),
+        "aggregation": str(chosen.aggregation),
+        "calibration": calibration,
+        "calibration_log_losses": {k: round(v, 4) for k, v in chosen.choice.log_losses.items()},
+        "thresholds": {name: round(value, 4) for name, value in chosen.thresholds.items()},
+    }
+
+
+def _refit(examples: Examples, final: Chosen) -> dict[str, Any]:
+    """How far the fit on all patients lies from the folds that calibrated it.
 
     On patients it has seen, so most of it is memory, not the size of the fit: an upper bound.
     """
-    refit = final.head.logits(examples.features, examples.groups)[:, 0]
+    refit = final.smoothing.apply(final.fit.logits[:, :1], examples.groups)[:, 0]
     by_study = study_logits(refit, examples.groups, final.aggregation)
-    shift, truth = by_study - final.study_logits, examples.any_patient
+    shift, truth = by_study - final.study_logits, examples.truth
     return {
         "refit_shift_positive": round(float(shift[truth].mean()), 3),
         "refit_shift_negative": round(float(shift[~truth].mean()), 3),
@@ -157,26 +182,31 @@ def _refit(examples: Examples, final: Fitted) -> dict[str, Any]:
     }
 
 
-def _write(
-    out: Path, network: nn.Module, manifest: Manifest, final: Fitted, figures: Mapping[str, Any]
-) -> None:
+def _write(out: Path, final: Chosen, how: Explanation, figures: Mapping[str, Any]) -> None:
     """The bundle's files; then loaded as the node loads them, it must give its own reference."""
+    candidate = servable(final.candidate)
+    network = candidate.network(final.fit.weights, final.smoothing.mix(len(LABELS)))
     sha256 = bundle_files.write_weights(out, network)
-    bundle_files.write_reference(out, network, manifest)
+    bundle_files.write_manifest(out, _measured(sha256, final, how, figures))
+    bundle_files.write_reference(out, network)
     bundle_files.write_calibration(
         out / CALIBRATION,
         {LABELS[0]: final.calibration},
-        fitted_on=f"{figures['data']['patients']} patients of ct-ich, out of five folds by patient",
+        fitted_on=f"{figures['data']['patients']} patients of ct-ich, "
+        f"out of {figures['outer_folds']} folds by patient",
     )
-    bundle_files.write_manifest(out, _measured(sha256, final, figures))
     bundle = load_bundle(out)
     check_reference(bundle, load_model(bundle))
 
 
-def _measured(sha256: str, final: Fitted, figures: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(
+    sha256: str, final: Chosen, how: Explanation, figures: Mapping[str, Any]
+) -> dict[str, Any]:
     thresholds = {name: round(value, 4) for name, value in final.thresholds.items()}
     return {
         "version": VERSION,
+        "architecture": servable(final.candidate).architecture,
+        "evidence": _evidence_lines(servable(final.candidate)),
         "weights_sha256": sha256,
         "prevalence": final.calibration.prevalence,
         "threshold": thresholds[ACTIVE],
@@ -191,16 +221,28 @@ def _measured(sha256: str, final: Fitted, figures: Mapping[str, Any]) -> dict[st
         ),
         "aggregation_kind": final.aggregation.kind,
         "aggregation_k": final.aggregation.k,
-        "context": final.options.context,
-        "pointing_game": _pointing_lines(figures["pointing_game"]),
+        "context": final.smoothing.context,
+        "method": how.method,
+        "layer": how.layer,
+        "pointing_game": _pointing_lines(figures["pointing_game"]["all"]),
     }
 
 
+def _evidence_lines(candidate: Servable) -> str:
+    spec = candidate.evidence
+    if spec is None:
+        return ""
+    values = asdict(spec) | {"stages": list(spec.stages)}
+    return "\n[evidence]\n" + "".join(f"{name} = {value}\n" for name, value in values.items())
+
+
 def _pointing_lines(game: Mapping[str, Any]) -> str:
-    return (
-        f"pointing_game = {game['model']['value']}\n"
-        f"pointing_game_untrained = {game['untrained']['value']}\n"
-        f"pointing_game_brightest = {game['brightest']['value']}\n"
+    """Nothing, where no slice was marked."""
+    names = {"": "model_hit", "_untrained": "untrained_hit", "_brightest": "brightest_hit"}
+    return "".join(
+        f"pointing_game{suffix} = {game[name]['value']}\n"
+        for suffix, name in names.items()
+        if game[name] is not None
     )
 
 

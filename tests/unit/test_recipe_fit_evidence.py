@@ -1,0 +1,207 @@
+"""Views, and heads that judge cells: what is fitted to drawn maps finds what was drawn."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.evidence import EvidenceHead
+from inference.manifest import EvidenceSpec
+from weights.recipe import augment
+from weights.recipe.augment import MIRRORED, PLAIN, View
+from weights.recipe.bank import write
+from weights.recipe.candidates.evidence import Evidence
+from weights.recipe.candidates.sequence import Sequence
+from weights.recipe.data import LesionBox
+from weights.recipe.examples import Examples
+from weights.recipe.figures import auc
+from weights.recipe.fitting import Schedule, evidence_loss, fit
+
+SPEC = EvidenceSpec(stages=(1, 2), grid=2, width=4, members=1, cells=2)
+SIDE = 6
+
+
+class Drawn:
+    """Stands in for a bank: maps of four channels, one of which is high where a lesion is."""
+
+    def __init__(self, maps):
+        self._maps = maps
+
+    def features(self, view, progress=None):
+        return self._maps if view == PLAIN else self._maps[..., ::-1]
+
+    def places(self, view):
+        sign = 1.0 if view == PLAIN else -1.0
+        return np.tile(np.array([[sign, 0, 0], [0, 1, 0]], np.float32), (len(self._maps), 1, 1))
+
+
+def test_a_plain_view_changes_nothing_and_a_mirrored_one_comes_back():
+    images = torch.rand(3, 8, 8)
+
+    plain, _ = augment.seen(images, PLAIN, PLAIN.generator(0))
+    mirrored, places = augment.seen(images, MIRRORED, MIRRORED.generator(0))
+
+    assert torch.equal(plain, images)
+    torch.testing.assert_close(augment.moved_by(images, places), mirrored)
+    assert torch.equal(mirrored.flip(2), images)
+
+
+def test_the_same_seed_draws_the_same_view_and_another_another():
+    images = torch.rand(4, 16, 16)
+
+    def drawn(name, seed):
+        view = View(name)
+        return augment.seen(images, view, view.generator(seed))[0]
+
+    assert torch.equal(drawn("altered-0", 1), drawn("altered-0", 1))
+    assert not torch.equal(drawn("altered-0", 1), drawn("altered-1", 1))
+    assert not torch.equal(drawn("altered-0", 1), drawn("altered-0", 2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_lesion_map_follows_the_altered_head(seed):
+    """A bright block is where the moved box says, wherever chance put it."""
+    images = torch.full((1, 64, 64), 0.3)
+    images[:, 20:28, 34:44] = 1.0
+    box = torch.zeros(1, 64, 64)
+    box[:, 20:28, 34:44] = 1.0
+    view = View("altered-0")
+
+    seen, places = augment.seen(images, view, view.generator(seed))
+
+    inside = augment.moved_by(box, places) > 0.9
+    assert float(seen.min()) >= 0
+    assert float(seen.max()) <= 1
+    assert float(seen[inside].mean()) > float(seen[~inside].mean()) + 0.2
+
+
+def test_air_stays_air():
+    images = torch.zeros(5, 32, 32)
+
+    seen, _ = augment.seen(images, View("altered-0"), View("altered-0").generator(3))
+
+    assert float(seen.max()) == 0
+
+
+def test_cells_outside_a_box_must_be_quiet_and_some_inside_must_speak():
+    labels, covered = torch.tensor([[1.0]]), torch.zeros(1, SIDE, SIDE)
+    covered[0, 1:3, 1:3] = 1
+    quiet = torch.full((1, 1, 1, SIDE, SIDE), -4.0)
+    right, wrong = quiet.clone(), quiet.clone()
+    right[..., 1:3, 1:3] = 4
+    wrong[..., 4:, 4:] = 4
+
+    losses = [float(evidence_loss(e, labels, covered, 2)) for e in (right, quiet, wrong)]
+
+    assert losses[0] < 0.2 < losses[1]
+    assert losses[0] < losses[2]
+
+
+def test_a_positive_slice_that_nobody_marked_may_speak_anywhere():
+    labels, covered = torch.tensor([[1.0]]), torch.zeros(1, SIDE, SIDE)
+    speaks = torch.full((1, 1, 1, SIDE, SIDE), 6.0)
+
+    assert float(evidence_loss(speaks, labels, covered, 2)) < 0.01
+
+
+def test_one_class_alone_cannot_be_fitted():
+    head = EvidenceHead(4, 1, SPEC)
+
+    with pytest.raises(ValueError, match="with and without"):
+        fit(
+            None, head.parameters(), None, np.zeros(9, np.bool_), np.arange(9),
+            Schedule(samples=64), seed=0,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    examples, maps = drawn_examples()
+    bank = Drawn(maps.astype(np.float16))
+    schedule = Schedule(samples=6_400, batch=32, rate=5e-3)
+    candidate = Evidence(bank, "none", SPEC, 0, dropout=0.0, schedule=schedule)
+    rows = np.concatenate(examples.groups[::2])
+    return candidate, examples, rows, candidate.fit(examples, rows, seed=0, given=())
+
+
+def test_a_fitted_head_finds_drawn_lesions_in_patients_it_has_not_seen(learnt):
+    _, examples, rows, made = learnt
+    unseen = np.setdiff1d(np.arange(len(examples.labels)), rows)
+
+    assert auc(made.logits[unseen, 0], examples.labels[unseen, 0]) > 0.95
+
+
+def test_its_heat_maps_peak_on_the_lesion(learnt):
+    candidate, examples, _, made = learnt
+    how = candidate.explanations[0]
+    marked = np.array(sorted(examples.lesions))[-20:]
+
+    maps = candidate.maps(made.weights, marked, how)
+    guesses = candidate.maps(candidate.untrained(made.weights, 1), marked, how)
+
+    def hits(some):
+        peaks = [np.unravel_index(int(one.argmax()), one.shape) for one in some]
+        boxes = [examples.lesions[int(row)][0] for row in marked]
+        return sum(
+            b.left <= (x + 0.5) / SIDE <= b.right and b.top <= (y + 0.5) / SIDE <= b.bottom
+            for (y, x), b in zip(peaks, boxes, strict=True)
+        )
+
+    assert hits(maps) >= 18
+    assert hits(maps) > hits(guesses)
+
+
+def test_the_same_seed_fits_the_same_head(learnt):
+    candidate, examples, rows, made = learnt
+
+    again = candidate.fit(examples, rows, seed=0, given=())
+
+    np.testing.assert_allclose(again.logits, made.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gru", "attention", "convolution"])
+def test_a_head_over_slices_learns_from_its_own_patients_alone(kind):
+    examples, maps = drawn_examples()
+    bank = Drawn(maps.max(axis=(2, 3)).astype(np.float16))
+    rows = np.concatenate(examples.groups[::2])
+    unseen = np.setdiff1d(np.arange(len(examples.labels)), rows)
+
+    made = Sequence(bank, "none", kind).fit(examples, rows, seed=0, given=())
+
+    assert auc(made.logits[unseen, 0], examples.labels[unseen, 0]) > 0.9
+
+
+def test_an_array_has_its_name_only_once_it_is_whole(tmp_path):
+    path = tmp_path / "values.npy"
+
+    def breaks():
+        yield np.ones((2, 3))
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write(path, breaks(), total=4)
+    assert not path.exists()
+
+    write(path, iter([np.ones((2, 3)), np.zeros((2, 3))]), total=4)
+    assert np.load(path).sum() == 6
+
+
+def drawn_examples():
+    """20 patients of 8 slices; every second has three slices with a lesion of 2 x 2 cells."""
+    rng = np.random.default_rng(5)
+    labels = np.zeros((160, 1), np.bool_)
+    groups = tuple(np.split(np.arange(160), 20))
+    maps = rng.normal(size=(160, 4, SIDE, SIDE))
+    lesions = {}
+    for place, rows in enumerate(groups):
+        if place % 4 > 1:
+            continue
+        for row in rows[2:5]:
+            y, x = rng.integers(SIDE - 1, size=2)
+            labels[row, 0] = True
+            maps[row, 1, y : y + 2, x : x + 2] += 4
+            box = LesionBox(x / SIDE, y / SIDE, (x + 2) / SIDE, (y + 2) / SIDE)
+            lesions[int(row)] = (box,)
+    return Examples(labels, groups, np.arange(20) % 4, lesions), maps

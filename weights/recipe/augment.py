@@ -1,0 +1,123 @@
+"""What a head CT can undergo before a model sees it: views of the same slices for training.
+
+Patients lie turned and off centre, heads differ in size, scanners in sharpness, noise and the grey
+they give to brain, pictures in the window they were exported with. A head is nearly its own mirror
+image. Nothing here bends a head or paints into it.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_TURN_DEGREES = 15.0
+_SCALE = (0.88, 1.12)
+_SHIFT = 0.06  # of half the image's side
+_BLUR_PIXELS = (0.3, 1.2)  # sigma; below the first nothing is done
+_NOISE = 0.05  # sigma, of the value range, in every second image
+_GAIN = (0.85, 1.18)  # of the contrast round the middle of the value range
+_OFFSET = 0.05  # of the value range
+_AIR = 0.02  # of the value range; what lies below is the air round the head and stays so
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One way in which all slices are seen: as they are, mirrored, or altered by chance."""
+
+    name: str
+
+    @property
+    def is_random(self) -> bool:
+        return self not in (PLAIN, MIRRORED)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The same draws for the same view and seed."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.name} {seed}".encode()))
+
+
+PLAIN, MIRRORED = View("plain"), View("mirrored")
+
+
+def views(altered: int) -> tuple[View, ...]:
+    """Plain, mirrored, and so many altered ones."""
+    return (PLAIN, MIRRORED, *(View(f"altered-{number}") for number in range(altered)))
+
+
+def seen(images: Tensor, view: View, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images in a view, and where each of their points comes from.
+
+    images : shape (n, size, size), 0..1 of the value range, 0 outside the head
+
+    Returns
+    -------
+    the images, and affine maps (n, 2, 3) as `torch.nn.functional.affine_grid` takes them, by which
+    anything drawn on the images follows
+    """
+    n = len(images)
+    if not view.is_random:
+        sign = -1.0 if view == MIRRORED else 1.0
+        same = torch.tensor([[sign, 0.0, 0.0], [0.0, 1.0, 0.0]]).repeat(n, 1, 1)
+        return (images.flip(2) if view == MIRRORED else images), same
+    places = _places(n, draws)
+    moved = moved_by(images, places)
+    blurred = torch.stack(
+        [_blurred(one, float(s)) for one, s in zip(moved, _sigmas(n, draws), strict=True)]
+    )
+    return _greyed(_noisy(blurred, draws), draws), places
+
+
+def moved_by(images: Tensor, places: Tensor) -> Tensor:
+    """(n, size, size) images or maps, by affine maps (n, 2, 3); outside is 0."""
+    grid = functional.affine_grid(places, [len(images), 1, *images.shape[1:]], align_corners=False)
+    return functional.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
+
+
+def _uniform(n: int, low: float, high: float, draws: torch.Generator) -> Tensor:
+    return torch.empty(n).uniform_(low, high, generator=draws)
+
+
+def _places(n: int, draws: torch.Generator) -> Tensor:
+    angle = _uniform(n, -1, 1, draws) * math.radians(_TURN_DEGREES)
+    scale = _uniform(n, *_SCALE, draws)
+    across, down = (_uniform(n, -_SHIFT, _SHIFT, draws) for _ in range(2))
+    mirror = torch.where(_uniform(n, 0, 1, draws) < 0.5, -1.0, 1.0)
+    cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
+    rows = (
+        torch.stack([cosine * mirror, -sine, across], dim=1),
+        torch.stack([sine * mirror, cosine, down], dim=1),
+    )
+    return torch.stack(rows, dim=1)
+
+
+def _sigmas(n: int, draws: torch.Generator) -> Tensor:
+    return _uniform(n, 0.0, _BLUR_PIXELS[1], draws)
+
+
+def _blurred(image: Tensor, sigma: float) -> Tensor:
+    """(size, size), by a Gaussian of `sigma` pixels."""
+    if sigma < _BLUR_PIXELS[0]:
+        return image
+    half = math.ceil(3 * sigma)
+    at = torch.arange(-half, half + 1, dtype=torch.float32)
+    weights = torch.exp(-(at**2) / (2 * sigma**2))
+    weights /= weights.sum()
+    across = functional.conv2d(image[None, None], weights.view(1, 1, 1, -1), padding=(0, half))
+    return functional.conv2d(across, weights.view(1, 1, -1, 1), padding=(half, 0))[0, 0]
+
+
+def _noisy(images: Tensor, draws: torch.Generator) -> Tensor:
+    n = len(images)
+    sigma = _uniform(n, 0, _NOISE, draws) * (_uniform(n, 0, 1, draws) < 0.5)
+    noise = torch.randn(images.shape, generator=draws) * sigma.view(-1, 1, 1)
+    return (images + noise * (images > _AIR)).clamp(0, 1)
+
+
+def _greyed(images: Tensor, draws: torch.Generator) -> Tensor:
+    n = len(images)
+    gain = _uniform(n, *_GAIN, draws).view(-1, 1, 1)
+    offset = _uniform(n, -_OFFSET, _OFFSET, draws).view(-1, 1, 1)
+    altered = ((images - 0.5) * gain + 0.5 + offset).clamp(0, 1)
+    return torch.where(images < _AIR, images, altered)

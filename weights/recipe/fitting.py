@@ -1,0 +1,129 @@
+"""Fits a network that judges cell by cell, from slice labels and, where there are any, boxes.
+
+Three things are asked of the evidence: the strongest cells of a slice must say what the slice's
+labels say; no cell outside the boxes, nor of a slice without the finding, may speak for it; and
+some cells inside each marked slice's boxes must. A box is loose round a lesion, so not all do.
+Slices of positive patients that nobody marked teach by their labels alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from inference.evidence import strongest
+
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_POSITIVE_SHARE = 1 / 3  # of a batch: one slice in eight is positive
+_OTHER_LABELS = 0.2  # the weight of each label but the first
+_OUTSIDE, _INSIDE = 2.0, 0.5  # the weights of what boxes say, beside the slices' labels
+_INSIDE_CELLS = 4  # of the marked ones, so many must speak
+_COVERED = 0.25  # of a cell, from which it counts as marked
+_SEEN = 0.1  # of any cell: less of a box is left in view, and the slice counts as unmarked
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how hard is fitted."""
+
+    samples: int  # slices drawn in all
+    batch: int = 64
+    rate: float = 2e-3  # the peak of a one-cycle learning rate
+    decay: float = 0.05  # AdamW's weight decay
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Some slices on the device."""
+
+    inputs: Tensor  # (n, ...), whatever the network takes
+    labels: Tensor  # (n, labels), 0 or 1
+    covered: Tensor  # (n, rows, cols), 0..1: how much of each cell lies in a box
+
+
+#: Draws a batch of these slices.
+Draw = Callable[[Rows, np.random.Generator], Batch]
+
+
+def fit(
+    loss_of: Callable[[Batch], Tensor],
+    parameters: Iterator[nn.Parameter],
+    draw: Draw,
+    truth: NDArray[np.bool_],
+    among: Rows,
+    schedule: Schedule,
+    *,
+    seed: int,
+) -> float:
+    """Fit in place; the mean loss of the last tenth.
+
+    truth : (slices,), the first label; among : the slices that may be drawn
+
+    Raises
+    ------
+    ValueError
+        If one class is missing among them.
+    """
+    positive, negative = among[truth[among]], among[~truth[among]]
+    if not len(positive) or not len(negative):
+        raise ValueError("slices with and without the finding are needed")
+    rng, steps = np.random.default_rng(seed), max(schedule.samples // schedule.batch, 1)
+    optimiser = torch.optim.AdamW(parameters, lr=schedule.rate, weight_decay=schedule.decay)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.rate, total_steps=steps + 1)
+    n_positive, losses = round(schedule.batch * _POSITIVE_SHARE), []
+    for _ in range(steps):
+        chosen = (
+            rng.choice(positive, n_positive),
+            rng.choice(negative, schedule.batch - n_positive),
+        )
+        batch = draw(np.concatenate(chosen), rng)
+        loss = loss_of(batch)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+        optimiser.step()
+        rate.step()
+        losses.append(float(loss.detach()))
+    return float(np.mean(losses[-max(steps // 10, 1) :]))
+
+
+def evidence_loss(evidence: Tensor, labels: Tensor, covered: Tensor, cells: int) -> Tensor:
+    """One number.
+
+    evidence : shape (n, members, labels, rows, cols)
+    labels : shape (n, labels); covered : shape (n, rows, cols), all 0 where nobody marked
+    """
+    first, is_marked = evidence[:, :, 0], covered.amax(dim=(1, 2)) > _SEEN
+    loss = _by_labels(strongest(evidence, cells), labels)
+    is_known = is_marked | (labels[:, 0] == 0)
+    outside = ((covered <= 0) & is_known[:, None, None])[:, None].expand_as(first)
+    quiet = (functional.softplus(first) * outside).sum() / outside.sum().clamp(min=1)
+    loss = loss + _OUTSIDE * quiet
+    if is_marked.any():
+        loss = loss + _INSIDE * _inside(first[is_marked], covered[is_marked])
+    return loss
+
+
+def _by_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n, members, labels) against (n, labels)."""
+    weights = torch.full((labels.shape[1],), _OTHER_LABELS, device=labels.device)
+    weights[0] = 1.0
+    each = functional.binary_cross_entropy_with_logits(
+        logits, labels[:, None].expand_as(logits), reduction="none"
+    )
+    return (each * weights).sum(dim=2).mean()
+
+
+def _inside(evidence: Tensor, covered: Tensor) -> Tensor:
+    """(n, members, rows, cols) of marked slices: the strongest marked cells must be positive."""
+    most = covered.amax(dim=(1, 2), keepdim=True)
+    marked = ((covered > _COVERED) | (covered >= most)).flatten(1)[:, None]
+    inside = evidence.flatten(2).masked_fill(~marked, -torch.inf)
+    best = inside.topk(min(_INSIDE_CELLS, inside.shape[2]), dim=2).values
+    is_there = torch.isfinite(best)  # fewer may be marked
+    return functional.softplus(-best[is_there]).mean()
