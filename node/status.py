@@ -111,13 +111,22 @@ def _tenants(session: Session, settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: {"studies": {}, "analyses": {}, "results": 0, "positive": 0} for name in names
     }
-    for what, row in (("studies", StudyRow), ("analyses", AnalysisRow)):
-        counted = select(row.tenant, row.state, func.count()).group_by(row.tenant, row.state)
+    # What a shadow bundle says is compared with results, never counted as one.
+    serves = AnalysisRow.is_shadow.is_(False)
+    studies = select(StudyRow.tenant, StudyRow.state, func.count())
+    analyses = select(AnalysisRow.tenant, AnalysisRow.state, func.count()).where(serves)
+    for what, counted in (
+        ("studies", studies.group_by(StudyRow.tenant, StudyRow.state)),
+        ("analyses", analyses.group_by(AnalysisRow.tenant, AnalysisRow.state)),
+    ):
         for tenant, state, n in session.execute(counted):
             found[tenant][what][state] = n
-    results = select(
-        ResultRow.tenant, func.count(), func.count().filter(ResultRow.is_positive)
-    ).group_by(ResultRow.tenant)
+    results = (
+        select(ResultRow.tenant, func.count(), func.count().filter(ResultRow.is_positive))
+        .join(AnalysisRow, AnalysisRow.id == ResultRow.analysis_id)
+        .where(serves)
+        .group_by(ResultRow.tenant)
+    )
     for tenant, n, positive in session.execute(results):
         found[tenant]["results"], found[tenant]["positive"] = n, positive
     return found

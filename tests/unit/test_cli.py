@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from db.tables import AnalysisRow, EventRow, StudyRow
+from db.tables import AnalysisRow, EventRow, ResultRow, StudyRow
 from node import cli
 from node.pacs import Pacs
 from node.phantom import write
@@ -243,6 +243,25 @@ def test_status_counts_by_tenant_and_state(vigil, config, engine):
     assert status == 0
     assert tenants["south"]["analyses"] == {"NOT_ANALYSED": 1}
     assert set(tenants) == {"default", "south"}
+
+
+def test_status_counts_no_shadow_as_a_result(vigil, config, engine):
+    received_study(engine)
+    with Session(engine) as session, session.begin():
+        row = session.query(AnalysisRow).one()
+        row.is_shadow = True
+        session.add(
+            ResultRow(
+                id=uuid.uuid4(), analysis_id=row.id, study_id=row.study_id, tenant=row.tenant,
+                origin="dicom", bundle=row.bundle, result_no=1, finding={}, is_positive=True,
+                urgency="STAT",
+            )
+        )  # fmt: skip
+
+    _, out, _ = vigil("status", "--json", "--config", config)
+
+    tenant = json.loads(out)["tenants"]["default"]
+    assert (tenant["analyses"], tenant["results"], tenant["positive"]) == ({}, 0, 0)
 
 
 def test_status_for_a_person_says_the_same(vigil, config, engine):
