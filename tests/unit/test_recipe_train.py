@@ -8,10 +8,13 @@ from PIL import Image
 
 from inference.bundle import load_bundle
 from inference.model import check_reference, load_model
+from tests.builders import real_size_study
 from weights.recipe.cases import from_cohort
 from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_cohort
 from weights.recipe.evaluate import evaluate
 from weights.recipe.phantoms import drawn_head
+from weights.recipe.series import read_volume
+from weights.recipe.shift import noise, quieted
 from weights.recipe.train import Plan, train
 
 SLICES = 3
@@ -27,8 +30,13 @@ PLAN = Plan(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 drawn patients of three slices; every second one has a bright place in the middle one."""
-    folder, rng = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
+    """24 drawn patients of three slices; every second one has a bright place in the middle one.
+
+    Beside them a series of another scanner.
+    """
+    folder, rng = tmp_path_factory.mktemp("drawn") / "ct-ich", np.random.default_rng(0)
+    folder.mkdir()
+    write_series(folder.with_name("head-ct-ge"))
     rows, boxes = [], []
     for patient in range(24):
         for number in range(SLICES):
@@ -70,6 +78,57 @@ def test_what_can_be_told_apart_is_told_apart_out_of_fold(trained):
     assert figures["headline"]["patient_auc"]["value"] > 0.9
 
 
+def test_candidates_stand_side_by_side_with_their_gain_over_the_first(trained):
+    figures = trained[1]
+
+    assert [entry["family"] for entry in figures["compared"]] == list(PLAN.families)
+    assert "slice_auc_gain" not in figures["compared"][0]
+    gain = figures["compared"][1]["slice_auc_gain"]
+    assert gain["low"] <= gain["value"] <= gain["high"]
+
+
+def test_the_heat_maps_of_drawn_bleeds_are_judged_against_both_controls(trained):
+    game = trained[1]["pointing_game"]
+
+    assert (game["all"]["slices"], game["all"]["patients"]) == (12, 12)
+    assert game["detected"]["patients"] <= 12
+    for name in ("model", "untrained", "brightest"):
+        assert 0 <= game["all"][f"{name}_hit"]["value"] <= 1
+        assert 0 <= game["all"][f"{name}_energy"]["value"] <= 1
+    # What was drawn is the brightest thing inside the skull.
+    assert game["all"]["brightest_hit"]["value"] > 0.9
+
+
+def test_another_scanners_series_is_placed_among_the_negatives_every_way(trained):
+    shift = trained[1]["shift"]
+
+    assert trained[1]["external"]["images"] == 12
+    assert shift["noise_hu"] > 0
+    assert len(shift["ways"]) in (3, 5)  # five where cells are judged
+    for way in shift["ways"]:
+        assert 0 <= way["lowest"] <= way["percentile_of_negatives"] <= way["highest"] <= 100
+        assert 0 <= way["patient_auc"] <= 1
+
+
+def test_drawn_heads_are_judged_and_pictured(trained):
+    out, figures, _ = trained
+
+    assert {"plain", "bleed in one half, large", "newborn"} <= {
+        entry["kind"] for entry in figures["drawn"]
+    }
+    with Image.open(out / "report" / "drawn.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_series_is_blurred_no_more_than_to_the_usual_noise(trained, data):
+    manifest = load_bundle(trained[0]).manifest
+    volume = read_volume(data.with_name("head-ct-ge"), manifest)
+    as_it_is = noise(volume, manifest)
+
+    assert quieted(volume, as_it_is, manifest) is volume
+    assert noise(quieted(volume, as_it_is / 3, manifest), manifest) <= as_it_is / 3
+
+
 def test_training_again_from_the_kept_features_gives_the_same_bytes(trained, data, monkeypatch):
     out = trained[0]
     names = ("model.safetensors", "calibration.toml", "manifest.toml", "report/figures.json")
@@ -106,6 +165,12 @@ def test_a_cohort_is_read_in_order_with_a_row_a_slice(data):
     assert cohort.labels.shape == (72, len(LABELS))
     assert [len(rows) for _, rows in cohort.by_patient()] == [SLICES] * 24
     assert cohort.per_patient(cohort.labels)[:, 0].tolist() == [True, False] * 12
+
+
+def write_series(folder):
+    folder.mkdir()
+    for number, dataset in enumerate(real_size_study("plain", slices=12, localiser=False)):
+        dataset.save_as(folder / f"{number:02}.dcm", enforce_file_format=True)
 
 
 def slice_row(patient, number, name, is_bright):

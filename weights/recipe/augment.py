@@ -20,6 +20,7 @@ _BLUR_PIXELS = (0.3, 1.2)  # sigma; below the first nothing is done
 _NOISE = 0.05  # sigma, of the value range, in every second image
 _GAIN = (0.85, 1.18)  # of the contrast round the middle of the value range
 _OFFSET = 0.05  # of the value range
+_GREY = "grey-"
 _AIR = 0.02  # of the value range; what lies below is the air round the head and stays so
 
 
@@ -33,6 +34,11 @@ class View:
     def is_random(self) -> bool:
         return self not in (PLAIN, MIRRORED)
 
+    @property
+    def moves(self) -> bool:
+        """Whether it turns, scales, blurs; else only the grey is another."""
+        return not self.name.startswith(_GREY)
+
     def generator(self, seed: int) -> torch.Generator:
         """The same draws for the same view and seed."""
         return torch.Generator().manual_seed(zlib.crc32(f"{self.name} {seed}".encode()))
@@ -41,9 +47,14 @@ class View:
 PLAIN, MIRRORED = View("plain"), View("mirrored")
 
 
-def views(altered: int) -> tuple[View, ...]:
-    """Plain, mirrored, and so many altered ones."""
-    return (PLAIN, MIRRORED, *(View(f"altered-{number}") for number in range(altered)))
+def views(altered: int, grey: int = 0) -> tuple[View, ...]:
+    """Plain, mirrored, so many altered ones, and so many of which only the grey is altered."""
+    return (
+        PLAIN,
+        MIRRORED,
+        *(View(f"altered-{number}") for number in range(altered)),
+        *(View(f"{_GREY}{number}") for number in range(grey)),
+    )
 
 
 def seen(images: Tensor, view: View, draws: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -57,9 +68,11 @@ def seen(images: Tensor, view: View, draws: torch.Generator) -> tuple[Tensor, Te
     anything drawn on the images follows
     """
     n = len(images)
-    if not view.is_random:
+    if not view.is_random or not view.moves:
         sign = -1.0 if view == MIRRORED else 1.0
         same = torch.tensor([[sign, 0.0, 0.0], [0.0, 1.0, 0.0]]).repeat(n, 1, 1)
+        if view.is_random:
+            return _greyed(images, draws), same
         return (images.flip(2) if view == MIRRORED else images), same
     places = _places(n, draws)
     moved = moved_by(images, places)

@@ -56,6 +56,8 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
         "calibration": _calibration(figures["final"]),
         "pointing": _pointing(figures["pointing_game"]),
         "external": _external(figures["external"]),
+        "shift": _shift(figures["shift"]),
+        "drawn": _drawn(figures["drawn"]),
     }
     path.write_text(Template(_TEMPLATE.read_text()).substitute(values))
 
@@ -265,6 +267,39 @@ def _pointing(game: Mapping[str, Any]) -> str:
         f"each fold: {'; '.join(game['explanations_by_fold'])}."
     )
     return f"{_table(head, rows)}\n\n{words}"
+
+
+def _shift(shift: Mapping[str, Any] | None) -> str:
+    if shift is None:
+        return ""
+    rows = [
+        (
+            way["way"],
+            f"{way['percentile_of_negatives']:.0f} ({way['lowest']:.0f} to {way['highest']:.0f})",
+            f"{way['slice_auc']:.3f}",
+            f"{way['patient_auc']:.3f}",
+        )
+        for way in shift["ways"]
+    ]
+    head = ("way", "percentile, mean of the folds (range)", "slice AUC", "patient AUC")
+    return (
+        "Each outer fold's fit judges the series and its own patients; percentiles are among the "
+        "negatives out of fold, AUCs are what a remedy costs. Noise from pixel to pixel: "
+        f"{shift['noise_hu']:.1f} HU in the series, {shift['usual_noise_hu']:.1f} HU in the median "
+        f"training patient (JPEG).\n\n{_table(head, rows)}"
+    )
+
+
+def _drawn(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            entry["kind"],
+            ", ".join(f"{100 * chance:.0f} %" for chance in entry["probabilities"]),
+            f"{entry['called']} of {len(entry['probabilities'])}",
+        )
+        for entry in entries
+    ]
+    return _table(("drawn head", "probability of each", "called present"), rows)
 
 
 def _external(external: Mapping[str, Any] | None) -> str:

@@ -74,6 +74,7 @@ SMOOTHINGS = (
     Smoothing(1, 0.75),
     Smoothing(2, 0.5),
     Smoothing(2, 0.75),
+    Smoothing(3, 0.75),
 )
 
 

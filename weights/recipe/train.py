@@ -19,6 +19,7 @@ from weights.recipe.candidates.candidate import Explanation, Servable, servable
 from weights.recipe.card import write_card
 from weights.recipe.compare import compared
 from weights.recipe.data import LABELS, Cohort, read_boxes, read_cohort
+from weights.recipe.drawn import drawn_heads
 from weights.recipe.examples import Examples
 from weights.recipe.figures import auc, brier, share
 from weights.recipe.fits import Fits
@@ -28,6 +29,7 @@ from weights.recipe.nested import Chosen, Floats, Recipe, study_logits
 from weights.recipe.pointing import best_explanation, pointing_game
 from weights.recipe.progress import Progress, silent
 from weights.recipe.series import NotJudged, series_logits
+from weights.recipe.shift import scanner_shift
 
 VERSION = "2.0.0"
 
@@ -89,6 +91,11 @@ def train(
     _write(out, final, how, figures)
     negatives = final.study_logits[~recipe.examples.truth]
     figures["external"] = _external(out, data.parent / _EXTERNAL, negatives)
+    figures["shift"] = scanner_shift(
+        cohort, recipe, data.parent / _EXTERNAL, pictures.manifest, progress=progress
+    )
+    bundle = load_bundle(out)
+    figures["drawn"] = drawn_heads(bundle, load_model(bundle), out / "report", seed=plan.seed)
     (out / "report" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     write_card(out / "MODEL_CARD.md", figures)
     return figures

@@ -43,12 +43,14 @@ class Evidence:
     uses_boxes: bool = True
     dropout: float = 0.3
     schedule: Schedule = field(default_factory=lambda: Schedule(samples=12_000))
+    grey: int = 0  # views of which only the grey is altered
 
     @property
     def name(self) -> str:
         return (
             f"{self.family} w={self.spec.width} m={self.spec.members} k={self.spec.cells} "
             f"a={self.altered} d={self.dropout:g} n={self.schedule.samples}"
+            + (f" g={self.grey}" if self.grey else "")
         )
 
     @property
@@ -116,7 +118,7 @@ class Evidence:
 
     @property
     def _views(self) -> tuple[augment.View, ...]:
-        return augment.views(self.altered)
+        return augment.views(self.altered, self.grey)
 
     def _head(self, weights: Weights) -> EvidenceHead:
         head = self._empty(weights)
