@@ -247,6 +247,9 @@ Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same 
 def train(
     data: DataFolder,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle to write.")],
+    bundle: Annotated[
+        str, typer.Option("--bundle", help="ich, or ich-b4: EfficientNet-B4, taught by ich.")
+    ] = "ich",
     seed: Seed = 0,
     folds: Annotated[int, typer.Option("--folds", min=3, help="Outer folds, by patient.")] = 5,
     repeats: Annotated[
@@ -259,6 +262,9 @@ def train(
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.", metavar="NAME")
     ] = "auto",
+    remedies: Annotated[
+        bool, typer.Option(help="Judge remedies against another scanner, with fits of their own.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Train, calibrate and judge a bundle from labelled slices; a stopped run resumes."""
@@ -270,8 +276,9 @@ def train(
         "repeats": repeats,
         "families": tuple(only or ()),
         "device": device,
+        "remedies": remedies,
     }
-    raise typer.Exit(run(data, out, plan, as_json=as_json))
+    raise typer.Exit(run(data, out, bundle, plan, as_json=as_json))
 
 
 @app.command(rich_help_panel=MODELS)

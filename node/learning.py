@@ -37,21 +37,26 @@ HEADLINE = (
 SHOWN_LEFT_OUT = 10
 
 
-def train(data: Path, out: Path, plan: dict[str, Any], *, as_json: bool) -> int:
+def train(data: Path, out: Path, bundle: str, plan: dict[str, Any], *, as_json: bool) -> int:
     """Write a bundle into `out`; prints its figures.
 
-    plan : fields of `weights.recipe.train.Plan`
+    bundle : which of the recipe's
+    plan : further fields of `weights.recipe.train.Plan`
     """
     from weights.recipe.checks import check_training
+    from weights.recipe.template import KINDS
 
     if _is_not_data(data):
+        return WRONG_USAGE
+    if bundle not in KINDS:
+        complain(f"the recipe makes no bundle {bundle!r}: {', '.join(KINDS)}")
         return WRONG_USAGE
     check_training(data, plan["folds"])
     from weights.recipe.train import Plan  # only now torch, which takes its time
     from weights.recipe.train import train as run
 
     with _bars(is_quiet=as_json) as progress:
-        figures = run(data, out, plan=Plan(**plan), progress=progress)
+        figures = run(data, out, plan=Plan(kind=KINDS[bundle], **plan), progress=progress)
     report(figures, lambda _, to: to.print(f"bundle, card and report in {out}"), as_json=as_json)
     return SUCCESS
 

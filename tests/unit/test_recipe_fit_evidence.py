@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from inference.evidence import EvidenceHead
 from inference.manifest import EvidenceSpec
 from weights.recipe import augment
-from weights.recipe.augment import MIRRORED, PLAIN, View
+from weights.recipe.augment import MIRRORED, PLAIN, View, views_with_bleeds
 from weights.recipe.bank import write
+from weights.recipe.bleeds import inside_skull, with_bleed
 from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.candidates.sequence import Sequence
 from weights.recipe.data import LesionBox
 from weights.recipe.examples import Examples
 from weights.recipe.figures import auc
 from weights.recipe.fitting import Schedule, evidence_loss, fit
+from weights.recipe.phantoms import drawn_head
 
 SPEC = EvidenceSpec(stages=(1, 2), grid=2, width=4, members=1, cells=2)
 SIDE = 6
@@ -171,6 +173,79 @@ def test_a_head_over_slices_learns_from_its_own_patients_alone(kind):
     made = Sequence(bank, "none", kind).fit(examples, rows, seed=0, given=())
 
     assert auc(made.logits[unseen, 0], examples.labels[unseen, 0]) > 0.9
+
+
+def test_a_head_learns_from_drawn_bleeds_what_no_patient_shows():
+    """Real lesions are in channel 1, drawn ones in channel 2: both are found in unseen slices."""
+    examples, maps = drawn_examples()
+    bank = WithBleeds(maps.astype(np.float16))
+    schedule = Schedule(samples=6_400, batch=32, rate=5e-3)
+    candidate = Evidence(bank, "none", SPEC, 0, dropout=0.0, schedule=schedule, bleeds=1)
+    rows = np.concatenate(examples.groups[::2])
+    unseen = np.setdiff1d(np.arange(len(examples.labels)), rows)
+    clear = unseen[~examples.labels[unseen, 0]]
+
+    made = candidate.fit(examples, rows, seed=0, given=())
+
+    view = views_with_bleeds(1)[0]
+    drawn = candidate.logits(made.weights, view, clear)[:, 0]
+    plain = candidate.logits(made.weights, PLAIN, clear)[:, 0]
+    assert (drawn > plain).mean() > 0.95
+    assert auc(made.logits[unseen, 0], examples.labels[unseen, 0]) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_drawn_bleed_is_brighter_and_inside_the_skull(seed):
+    image = (drawn_head() + np.random.default_rng(seed).normal(0, 3, (256, 256))).astype(np.float32)
+
+    made, where = with_bleed(image, np.random.default_rng(seed))
+
+    changed = where > 0
+    assert changed.sum() >= 5
+    assert inside_skull(image)[changed].all()
+    assert made[changed].mean() > image[changed].mean() + 10
+    assert np.array_equal(made[~inside_skull(image)], image[~inside_skull(image)])
+    again, _ = with_bleed(image, np.random.default_rng(seed))
+    assert np.array_equal(made, again)
+
+
+def test_where_no_skull_closes_nothing_is_drawn():
+    image = np.full((128, 128), 30.0, np.float32)
+
+    made, where = with_bleed(image, np.random.default_rng(0))
+
+    assert np.array_equal(made, image)
+    assert not where.any()
+
+
+def test_a_label_that_is_not_known_teaches_nothing():
+    evidence = torch.randn(2, 1, 2, SIDE, SIDE)
+    covered = torch.zeros(2, SIDE, SIDE)
+    known, unknown = torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[1.0, float("nan")]] * 2)
+    alone = evidence[:, :, :1]
+
+    assert float(evidence_loss(evidence, unknown, covered, 2)) == pytest.approx(
+        float(evidence_loss(alone, unknown[:, :1], covered, 2))
+    )
+    assert float(evidence_loss(evidence, known, covered, 2)) > float(
+        evidence_loss(evidence, unknown, covered, 2)
+    )
+
+
+class WithBleeds(Drawn):
+    """In the view with bleeds every slice has one, in another channel than patients' are."""
+
+    def features(self, view, progress=None):
+        if not view.has_bleeds:
+            return super().features(view, progress)
+        maps = self._maps.copy()
+        maps[:, 2, 1:3, 2:4] += 4
+        return maps
+
+    def bleeds(self, view):
+        made = np.zeros((len(self._maps), SIDE, SIDE), np.float32)
+        made[:, 1:3, 2:4] = 1
+        return made
 
 
 def test_an_array_has_its_name_only_once_it_is_whole(tmp_path):

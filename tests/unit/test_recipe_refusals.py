@@ -78,7 +78,7 @@ def test_the_committed_limits_are_those_of_the_recipe():
     recipe = (ROOT / "weights" / "recipe" / "ich.toml").read_text()
     shipped = (BUNDLE / "manifest.toml").read_text()
 
-    part = recipe[recipe.index("[applies]") : recipe.index("[[labels]]")]
+    part = recipe[recipe.index("[applies]") : recipe.index("[input]")]
     assert part in shipped
 
 

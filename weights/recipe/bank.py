@@ -5,6 +5,7 @@ afterwards: a training touches a few slices of every view at a time.
 """
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from inference.body import Box
 from inference.manifest import Manifest
@@ -21,12 +23,14 @@ from inference.volume import volume_from_pictures
 from inference.window import as_channels, cropped
 from weights.recipe import augment
 from weights.recipe.augment import View
+from weights.recipe.bleeds import with_bleed
 from weights.recipe.data import PICTURE_RANGE_HU, Cohort
 from weights.recipe.progress import Progress, silent
 
 Images = NDArray[np.float32]
 
 _BATCH = 32
+_BLEED_SIDE = 40  # cells a side of what is kept of where bleeds were drawn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,25 +123,55 @@ class Bank:
         made: NDArray[np.float32] = np.load(self._path(view).with_suffix(".places.npy"))
         return made
 
+    def bleeds(self, view: View) -> NDArray[np.float32]:
+        """(slices, side, side), 0..1: how much of each cell a drawn bleed covers in the view."""
+        kept: NDArray[np.uint8] = np.load(self._path(view).with_suffix(".bleeds.npy"))
+        return (kept / np.float32(255)).astype(np.float32)
+
     def _path(self, view: View) -> Path:
         return self._folder / f"{view.name}.npy"
 
     def _make(self, view: View, progress: Progress) -> None:
         draws, places = view.generator(self._seed), list[NDArray[np.float32]]()
+        bleeds: list[NDArray[np.uint8]] = []
         total = len(self.pictures.images)
 
         def parts() -> Iterator[NDArray[np.float16]]:
             for start in range(0, total, _BATCH):
                 progress(f"features, {view.name}", start, total)
                 rows = np.arange(start, min(start + _BATCH, total))
-                images, moved = augment.seen(self.pictures.unit(rows), view, draws)
+                images, drawn = self._drawn_into(rows, view)
+                images, moved = augment.seen(images, view, draws)
+                if drawn is not None:
+                    covered = functional.adaptive_avg_pool2d(
+                        augment.moved_by(drawn, moved), (_BLEED_SIDE, _BLEED_SIDE)
+                    )
+                    bleeds.append((covered * 255).round().numpy().astype(np.uint8))
                 places.append(moved.numpy())
                 yield self._through(images).astype(np.float16)
             progress(f"features, {view.name}", total, total)
             where = self._path(view).with_suffix(".places.npy")
             write(where, iter([np.concatenate(places)]), total=total)
+            if bleeds:
+                where = self._path(view).with_suffix(".bleeds.npy")
+                write(where, iter([np.concatenate(bleeds)]), total=total)
 
         write(self._path(view), parts(), total=total)
+
+    def _drawn_into(self, rows: NDArray[np.int64], view: View) -> tuple[Tensor, Tensor | None]:
+        """Slices, 0..1, and where bleeds were drawn into them, if the view has any."""
+        if not view.has_bleeds:
+            return self.pictures.unit(rows), None
+        low, high = self.pictures.manifest.pixels.value_range
+        images, drawn = [], []
+        for row in rows:
+            # By its own number, so that a slice gets the same bleed however rows are batched.
+            rng = np.random.default_rng([self._seed, zlib.crc32(view.name.encode()), int(row)])
+            image, where = with_bleed(np.asarray(self.pictures.images[row]), rng)
+            images.append(np.clip(image, low, high))
+            drawn.append(where)
+        unit = (np.stack(images) - np.float32(low)) / np.float32(high - low)
+        return torch.from_numpy(unit.astype(np.float32)), torch.from_numpy(np.stack(drawn))
 
     @torch.inference_mode()
     def _through(self, images: Tensor) -> NDArray[np.float32]:

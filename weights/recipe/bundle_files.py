@@ -47,12 +47,12 @@ def write_calibration(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_manifest(out: Path, values: Mapping[str, Any]) -> None:
+def write_manifest(out: Path, kind: template.Kind, values: Mapping[str, Any]) -> None:
     """manifest.toml: the recipe's decided part with the measured one filled in."""
     texts = {
         key: value if isinstance(value, str) else _toml(value) for key, value in values.items()
     }
-    (out / MANIFEST).write_text(template.filled(texts), encoding="utf-8")
+    (out / MANIFEST).write_text(template.filled(kind, texts), encoding="utf-8")
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

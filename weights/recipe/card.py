@@ -29,8 +29,12 @@ _PREVALENCES = (0.01, 0.03, 0.05, 0.08, 0.10, 0.20)
 def write_card(path: Path, figures: Mapping[str, Any]) -> None:
     """The card as Markdown."""
     values = {
+        "bundle": figures["bundle"],
         "version": figures["version"],
+        "network": figures["network"],
+        "pretrained": figures["pretrained"],
         "n_patients": figures["data"]["patients"],
+        "size": figures["input_pixels"],
         "n_slices": figures["data"]["slices"],
         "folds": figures["outer_folds"],
         "seed": figures["seed"],
@@ -57,6 +61,7 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
         "pointing": _pointing(figures["pointing_game"]),
         "external": _external(figures["external"]),
         "shift": _shift(figures["shift"]),
+        "answers": _answers(figures["answers_to_bleeds"]),
         "drawn": _drawn(figures["drawn"]),
     }
     path.write_text(Template(_TEMPLATE.read_text()).substitute(values))
@@ -288,6 +293,14 @@ def _shift(shift: Mapping[str, Any] | None) -> str:
         f"{shift['noise_hu']:.1f} HU in the series, {shift['usual_noise_hu']:.1f} HU in the median "
         f"training patient (JPEG).\n\n{_table(head, rows)}"
     )
+
+
+def _answers(families: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [
+        (name, x["slices"], f"{x['auc']:.2f}", f"{100 * x['rise']:.0f} %")
+        for name, x in families.items()
+    ]
+    return _table(("head", "slices", "slice AUC", "logit rises with the bleed"), rows)
 
 
 def _drawn(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -25,7 +25,7 @@ _OTHER_LABELS = 0.2  # the weight of each label but the first
 _OUTSIDE, _INSIDE = 2.0, 0.5  # the weights of what boxes say, beside the slices' labels
 _INSIDE_CELLS = 4  # of the marked ones, so many must speak
 _COVERED = 0.25  # of a cell, from which it counts as marked
-_SEEN = 0.1  # of any cell: less of a box is left in view, and the slice counts as unmarked
+MARKED = 0.1  # of any cell: less of a box is left in view, and the slice counts as unmarked
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Batch:
     """Some slices on the device."""
 
     inputs: Tensor  # (n, ...), whatever the network takes
-    labels: Tensor  # (n, labels), 0 or 1
+    labels: Tensor  # (n, labels), 0 or 1; NaN where it is not known
     covered: Tensor  # (n, rows, cols), 0..1: how much of each cell lies in a box
 
 
@@ -98,7 +98,7 @@ def evidence_loss(evidence: Tensor, labels: Tensor, covered: Tensor, cells: int)
     evidence : shape (n, members, labels, rows, cols)
     labels : shape (n, labels); covered : shape (n, rows, cols), all 0 where nobody marked
     """
-    first, is_marked = evidence[:, :, 0], covered.amax(dim=(1, 2)) > _SEEN
+    first, is_marked = evidence[:, :, 0], covered.amax(dim=(1, 2)) > MARKED
     loss = _by_labels(strongest(evidence, cells), labels)
     is_known = is_marked | (labels[:, 0] == 0)
     outside = ((covered <= 0) & is_known[:, None, None])[:, None].expand_as(first)
@@ -113,10 +113,11 @@ def _by_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """(n, members, labels) against (n, labels)."""
     weights = torch.full((labels.shape[1],), _OTHER_LABELS, device=labels.device)
     weights[0] = 1.0
+    is_known = torch.isfinite(labels)[:, None].expand_as(logits)
     each = functional.binary_cross_entropy_with_logits(
-        logits, labels[:, None].expand_as(logits), reduction="none"
+        logits, torch.nan_to_num(labels)[:, None].expand_as(logits), reduction="none"
     )
-    return (each * weights).sum(dim=2).mean()
+    return (each * weights * is_known).sum(dim=2).mean()
 
 
 def _inside(evidence: Tensor, covered: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from db.errors import PermanentError
 from inference.manifest import EvidenceSpec
 from weights.recipe.bank import Bank, Pictures, folder_for
 from weights.recipe.candidates.candidate import Candidate, Mean
+from weights.recipe.candidates.distilled import Distilled
 from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.candidates.linear import Balance, Linear
 from weights.recipe.candidates.sequence import Kind, Sequence
@@ -19,7 +20,7 @@ EVIDENCE = EvidenceSpec(stages=(2, 3, 4), grid=3, width=64, members=1, cells=8)
 
 _CS = (3e-4, 1e-3, 3e-3)
 _BALANCES: tuple[Balance, ...] = ("none", "balanced")
-_ALTERED = 2
+_ALTERED, _BLEEDS = 2, 2
 
 
 class NoSuchFamily(PermanentError):
@@ -55,7 +56,7 @@ class LineUp:
 
 
 def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device: str) -> LineUp:
-    """All candidates; nothing is made yet.
+    """All candidates for `ich`; nothing is made yet.
 
     samples : slices drawn for each fit of an evidence head
     """
@@ -69,9 +70,13 @@ def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device:
             Bank(pictures, maps, folder / "maps", seed=seed, device=device),
         )
 
-    def evidence(maps: Bank, architecture: str, *, uses_boxes: bool = True) -> Evidence:
+    def evidence(
+        maps: Bank, architecture: str, *, uses_boxes: bool = True, bleeds: int = _BLEEDS
+    ) -> Evidence:
         schedule = Schedule(samples=samples)
-        return Evidence(maps, architecture, EVIDENCE, _ALTERED, uses_boxes, schedule=schedule)
+        return Evidence(
+            maps, architecture, EVIDENCE, _ALTERED, uses_boxes, schedule=schedule, bleeds=bleeds
+        )
 
     lite0, lite2 = "tf_efficientnet_lite0", "tf_efficientnet_lite2"
     (pooled0, maps0), (pooled2, maps2) = banks(lite0), banks(lite2)
@@ -84,8 +89,35 @@ def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device:
             cell2,
         ),
         compared=(
-            evidence(maps0, lite0, uses_boxes=False),  # what the boxes are worth
+            evidence(maps0, lite0, bleeds=0),  # what drawn bleeds are worth
+            evidence(maps0, lite0, uses_boxes=False, bleeds=0),  # and boxes
             *(Sequence(pooled0, lite0, kind) for kind in get_args(Kind)),
             Mean((cell0, cell2)),
         ),
     )
+
+
+def line_up_b4(
+    pictures: Pictures,
+    teachers: Pictures,
+    cache: Path,
+    *,
+    seed: int,
+    samples: int,
+    lessons: int,
+    device: str,
+) -> LineUp:
+    """EfficientNet-B4 and nobody beside it; nothing is made yet.
+
+    teachers : the pictures at the teacher's size
+    lessons : slices drawn for each fit of the student
+    """
+    lite0 = "tf_efficientnet_lite0"
+    folder = folder_for(teachers.manifest, cache) / lite0 / f"seed-{seed}"
+    maps = Bank(teachers, feature_maps(lite0, EVIDENCE), folder / "maps", seed=seed, device=device)
+    teacher = Evidence(
+        maps, lite0, EVIDENCE, _ALTERED, schedule=Schedule(samples=samples), bleeds=_BLEEDS
+    )
+    how = Schedule(samples=lessons, batch=32, rate=2e-3, decay=0.02)
+    student = Distilled(pictures, teacher, "efficientnet_b4", EVIDENCE, device, how)
+    return LineUp(shipping=(student,), compared=(teacher,))

@@ -230,8 +230,9 @@ def study_logits(logits: Floats, groups: Sequence[Rows], how: Aggregation) -> Fl
 def thresholds(probability: Floats, truth: Bools) -> dict[str, float]:
     """The three operating points, each halfway between two studies' probabilities.
 
-    high sensitivity: the highest that still finds its share of the positives. high specificity: the
-    lowest that clears its share of the negatives. balanced: the largest sum of both (Youden).
+    balanced: the largest sum of sensitivity and specificity (Youden). high sensitivity: the highest
+    that still finds its share of the positives, balanced at most. high specificity: the lowest that
+    clears its share of the negatives, balanced at least.
 
     Raises
     ------
@@ -246,10 +247,11 @@ def thresholds(probability: Floats, truth: Bools) -> dict[str, float]:
     specificity = np.array([(probability[~truth] < cut).mean() for cut in cuts])
     sensitive = cuts[sensitivity >= HIGH_SENSITIVITY]
     specific = cuts[specificity >= HIGH_SPECIFICITY]
+    balanced = float(cuts[np.argmax(sensitivity + specificity)])
     return {
-        "high sensitivity": float(sensitive.max() if len(sensitive) else cuts[0]),
-        "balanced": float(cuts[np.argmax(sensitivity + specificity)]),
-        "high specificity": float(specific.min() if len(specific) else cuts[-1]),
+        "high sensitivity": min(float(sensitive.max() if len(sensitive) else cuts[0]), balanced),
+        "balanced": balanced,
+        "high specificity": max(float(specific.min() if len(specific) else cuts[-1]), balanced),
     }
 
 

@@ -54,6 +54,7 @@ def scanner_shift(
     series: Path,
     manifest: Manifest,
     *,
+    remedies: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any] | None:
     """One entry a way, all else as each fold chose it; None: no series, or it is refused."""
@@ -65,7 +66,8 @@ def scanner_shift(
         return None
     chosen = [recipe.choose(Split({fold})) for fold in range(recipe.examples.n_folds)]
     usual = float(np.median([noise(one, manifest) for one in _volumes(cohort)]))
-    ways = _ways(chosen, usual, manifest)
+    ways = [Way("as served: one crop a volume")]
+    ways += _remedies(chosen, usual, manifest) if remedies else []
     entries = []
     for done, way in enumerate(ways):
         progress("scanner shift", done, len(ways))
@@ -79,19 +81,18 @@ def scanner_shift(
     }
 
 
-def _ways(chosen: Sequence[Chosen], usual_noise: float, manifest: Manifest) -> list[Way]:
+def _remedies(chosen: Sequence[Chosen], usual_noise: float, manifest: Manifest) -> list[Way]:
     ways = [
-        Way("as served: one crop a volume"),
         Way("one crop a slice", remedy=_without_order),
         Way("blurred to the usual noise", remedy=lambda v: quieted(v, usual_noise, manifest)),
     ]
     first = chosen[0].candidate
     if isinstance(first, Evidence):
-        grey = replace(first, altered=0, grey=first.altered)
-        ways += [
-            Way("fitted without altered views", candidate=replace(first, altered=0)),
-            Way("fitted with views of other grey alone", candidate=grey),
-        ]
+        grey = replace(first, altered=0, grey=1)
+        ways.append(Way("fitted without altered views", candidate=replace(first, altered=0)))
+        ways.append(Way("fitted with views of other grey alone", candidate=grey))
+        if first.bleeds:
+            ways.append(Way("fitted without drawn bleeds", candidate=replace(first, bleeds=0)))
     return ways
 
 
@@ -108,11 +109,18 @@ def _entry(
     slices, study = np.empty(len(examples.labels)), np.empty(len(examples.groups))
     of_series = []
     for fold, one in enumerate(chosen):
-        network = _network(recipe, one, way, fold)
+        candidate = servable(way.candidate or one.candidate)
+        fit = recipe.fits.get(candidate, Split({fold}))
+        mix = one.smoothing.mix(examples.labels.shape[1])
+        network = candidate.network(fit.weights, mix).to(memory_format=torch.channels_last)
+        # Where pixels stay as they are, what the fit said of them is known.
+        known = one.smoothing.apply(fit.logits[:, :1], examples.groups)[:, 0]
         for place in examples.patients(Split({fold}), inside=True):
             rows = examples.groups[place]
-            own = volume_from_pictures(cohort.grey(rows), PICTURE_RANGE_HU)
-            slices[rows] = _logits(network, own, one, way, manifest)
+            slices[rows] = known[rows]
+            if way.remedy:
+                own = volume_from_pictures(cohort.grey(rows), PICTURE_RANGE_HU)
+                slices[rows] = _logits(network, own, one, way, manifest)
             study[place] = aggregate(slices[rows], one.aggregation)
         of_series.append(aggregate(_logits(network, volume, one, way, manifest), one.aggregation))
     negatives = study[~examples.truth]
@@ -151,13 +159,6 @@ def _without_order(volume: Volume) -> Volume:
 def _volumes(cohort: Cohort) -> Iterator[Volume]:
     for _, rows in cohort.by_patient():
         yield volume_from_pictures(cohort.grey(rows), PICTURE_RANGE_HU)
-
-
-def _network(recipe: Recipe, chosen: Chosen, way: Way, fold: int) -> nn.Module:
-    candidate = servable(way.candidate or chosen.candidate)
-    weights = recipe.fits.get(candidate, Split({fold})).weights
-    mix = chosen.smoothing.mix(recipe.examples.labels.shape[1])
-    return candidate.network(weights, mix).to(memory_format=torch.channels_last)
 
 
 def _logits(

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -11,10 +12,37 @@ from inference.manifest import Manifest
 
 _TEMPLATE = Path(__file__).with_name("ich.toml")
 
-# Stand in for what is not yet measured; the input, the layers and the labels do not depend on them.
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """In what the recipe's bundles differ by decision."""
+
+    name: str
+    size: int  # pixels a side of the input
+    algorithm: str
+    short_name: str
+    series_words: str  # the beginning of every series' description
+
+    def values(self) -> dict[str, str]:
+        return {
+            "name": self.name,
+            "size": str(self.size),
+            "algorithm": self.algorithm,
+            "short_name": self.short_name,
+            "series_words": self.series_words,
+        }
+
+
+ICH = Kind("ich", 320, "Vigil ICH", "ICH AI", "AI ICH")
+#: The customer's architecture; smaller, since it is fitted from its first layer on.
+ICH_B4 = Kind("ich-b4", 224, "Vigil ICH B4", "ICH B4 AI", "AI ICH B4")
+KINDS = {kind.name: kind for kind in (ICH, ICH_B4)}
+
+# Stand in for what is not yet measured; the input and the labels do not depend on them.
 _UNMEASURED = {
     "version": "0",
     "architecture": "none",
+    "pretrained": "none",
     "evidence": "",
     "method": "grad-cam",
     "layer": "none",
@@ -31,13 +59,13 @@ _UNMEASURED = {
 }
 
 
-def draft() -> Manifest:
+def draft(kind: Kind = ICH) -> Manifest:
     """The manifest before anything is measured: how pixels become inputs, which labels."""
-    values = tomllib.loads(filled(_UNMEASURED))
+    values = tomllib.loads(filled(kind, _UNMEASURED))
     return TypeAdapter(Manifest).validate_json(json.dumps(values))
 
 
-def filled(values: dict[str, str]) -> str:
+def filled(kind: Kind, values: dict[str, str]) -> str:
     """The text of manifest.toml.
 
     Raises
@@ -45,4 +73,5 @@ def filled(values: dict[str, str]) -> str:
     KeyError
         If a value is missing.
     """
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+    text = Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return text.substitute({**kind.values(), **values})

@@ -12,7 +12,8 @@ from inference.bundle import CALIBRATION, load_bundle
 from inference.model import check_reference, load_model
 from inference.predict import aggregate
 from inference.serving import pick_device
-from weights.recipe import bundle_files, template
+from weights.recipe import bundle_files
+from weights.recipe.answer import answers_to_bleeds
 from weights.recipe.bank import Pictures, read_pictures
 from weights.recipe.calibrate import apply
 from weights.recipe.candidates.candidate import Explanation, Servable, servable
@@ -24,12 +25,13 @@ from weights.recipe.examples import Examples
 from weights.recipe.figures import auc, brier, share
 from weights.recipe.fits import Fits
 from weights.recipe.judge import Judge
-from weights.recipe.line_up import line_up
+from weights.recipe.line_up import LineUp, line_up, line_up_b4
 from weights.recipe.nested import Chosen, Floats, Recipe, study_logits
 from weights.recipe.pointing import best_explanation, pointing_game
 from weights.recipe.progress import Progress, silent
 from weights.recipe.series import NotJudged, series_logits
 from weights.recipe.shift import scanner_shift
+from weights.recipe.template import ICH, Kind, draft
 
 VERSION = "2.0.0"
 
@@ -42,14 +44,17 @@ _EXTERNAL = "head-ct-ge"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much is tried; the defaults make the bundle that ships."""
+    """How much is tried; the defaults make `weights/ich`."""
 
+    kind: Kind = ICH
     seed: int = 0
     folds: int = 5
     repeats: int = 0  # so many times more with the patients parted in other ways
     families: tuple[str, ...] = ()  # only these; empty: all
     samples: int = 12_000  # slices drawn for each fit of an evidence head
+    lessons: int = 60_000  # slices drawn for each fit of a student
     device: str = "auto"  # auto | cpu | cuda | cuda:1
+    remedies: bool = True  # what each remedy against another scanner is worth: more fits
 
 
 def train(
@@ -68,10 +73,8 @@ def train(
     cohort, boxes = read_cohort(data), read_boxes(data)
     (out / "report").mkdir(parents=True, exist_ok=True)
     cache = out / "cache"
-    pictures = read_pictures(cohort, template.draft(), cache, progress)
-    device = str(pick_device(plan.device))
-    everyone = line_up(pictures, cache, seed=plan.seed, samples=plan.samples, device=device)
-    candidates = everyone.only(plan.families)
+    pictures = read_pictures(cohort, draft(plan.kind), cache, progress)
+    candidates = _line_up(cohort, pictures, cache, plan, progress).only(plan.families)
 
     def recipe_of(seed: int) -> Recipe:
         examples = Examples.of(cohort, pictures, boxes, folds=plan.folds, seed=seed)
@@ -84,21 +87,46 @@ def train(
     recipe.fits.make(candidates.compared, recipe.examples.splits(), progress)
     all_of_them = Recipe(recipe.fits, (*candidates.shipping, *candidates.compared), seed=plan.seed)
     figures["compared"] = compared(all_of_them, seed=plan.seed, progress=progress)
+    figures["answers_to_bleeds"] = answers_to_bleeds(
+        recipe.fits, (*candidates.shipping, *candidates.compared)
+    )
     figures["other_splits"] = [
         _other_split(recipe_of(seed), seed, progress)
         for seed in range(plan.seed + 1, plan.seed + 1 + plan.repeats)
     ]
-    _write(out, final, how, figures)
+    _write(out, plan.kind, final, how, figures)
     negatives = final.study_logits[~recipe.examples.truth]
     figures["external"] = _external(out, data.parent / _EXTERNAL, negatives)
     figures["shift"] = scanner_shift(
-        cohort, recipe, data.parent / _EXTERNAL, pictures.manifest, progress=progress
+        cohort,
+        recipe,
+        data.parent / _EXTERNAL,
+        pictures.manifest,
+        remedies=plan.remedies,
+        progress=progress,
     )
     bundle = load_bundle(out)
     figures["drawn"] = drawn_heads(bundle, load_model(bundle), out / "report", seed=plan.seed)
     (out / "report" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     write_card(out / "MODEL_CARD.md", figures)
     return figures
+
+
+def _line_up(
+    cohort: Cohort, pictures: Pictures, cache: Path, plan: Plan, progress: Progress
+) -> LineUp:
+    device = str(pick_device(plan.device))
+    if plan.kind is ICH:
+        return line_up(pictures, cache, seed=plan.seed, samples=plan.samples, device=device)
+    return line_up_b4(
+        pictures,
+        read_pictures(cohort, draft(ICH), cache, progress),
+        cache,
+        seed=plan.seed,
+        samples=plan.samples,
+        lessons=plan.lessons,
+        device=device,
+    )
 
 
 def _judged(
@@ -110,7 +138,11 @@ def _judged(
     judge = Judge(cohort, found, seed=plan.seed)
     how = best_explanation(recipe.fits, final.candidate)
     figures = {
+        "bundle": plan.kind.name,
         "version": VERSION,
+        "input_pixels": plan.kind.size,
+        "network": servable(final.candidate).words,
+        "pretrained": servable(final.candidate).pretrained,
         "data": _counts(examples),
         "seed": plan.seed,
         "outer_folds": len(found.chosen),
@@ -189,12 +221,14 @@ def _refit(examples: Examples, final: Chosen) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, final: Chosen, how: Explanation, figures: Mapping[str, Any]) -> None:
+def _write(
+    out: Path, kind: Kind, final: Chosen, how: Explanation, figures: Mapping[str, Any]
+) -> None:
     """The bundle's files; then loaded as the node loads them, it must give its own reference."""
     candidate = servable(final.candidate)
     network = candidate.network(final.fit.weights, final.smoothing.mix(len(LABELS)))
     sha256 = bundle_files.write_weights(out, network)
-    bundle_files.write_manifest(out, _measured(sha256, final, how, figures))
+    bundle_files.write_manifest(out, kind, _measured(sha256, final, how, figures))
     bundle_files.write_reference(out, network)
     bundle_files.write_calibration(
         out / CALIBRATION,
@@ -213,6 +247,7 @@ def _measured(
     return {
         "version": VERSION,
         "architecture": servable(final.candidate).architecture,
+        "pretrained": servable(final.candidate).pretrained,
         "evidence": _evidence_lines(servable(final.candidate)),
         "weights_sha256": sha256,
         "prevalence": final.calibration.prevalence,

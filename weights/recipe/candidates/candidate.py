@@ -74,6 +74,14 @@ class Servable(Candidate, Protocol):
         """As the manifest has it."""
 
     @property
+    def pretrained(self) -> str:
+        """What it knew before it saw a head, for the manifest's `trained_on`."""
+
+    @property
+    def words(self) -> str:
+        """For the model card: what the network is and what of it was fitted on what."""
+
+    @property
     def explanations(self) -> tuple[Explanation, ...]:
         """The heat maps it offers; which of them points best is chosen inside the folds."""
 

@@ -61,6 +61,21 @@ class Distilled:
         return self.spec
 
     @property
+    def pretrained(self) -> str:
+        return f"A teacher: {self.teacher.pretrained}, with a head fitted on the same patients"
+
+    @property
+    def words(self) -> str:
+        return (
+            f"The network is `{self.architecture}`, **fitted from its first layer on**: no "
+            "ImageNet weights of it can be had offline. It learnt from the slices' labels and "
+            f"boxes, and cell by cell from what a teacher says of them ({self.teacher.family}, "
+            "fitted on the same patients; in every fold neither has seen whom it is judged by). "
+            "It is here because the customer's design names this architecture, and so that its "
+            "bundle works end to end. Compare its figures with the teacher's before you use it."
+        )
+
+    @property
     def explanations(self) -> tuple[Explanation, ...]:
         return self.teacher.explanations
 

@@ -13,6 +13,7 @@ from inference.heatmap import grad_cam
 from inference.manifest import CamMethod, EvidenceSpec
 from weights.recipe import augment
 from weights.recipe.augment import PLAIN
+from weights.recipe.backbone import imagenet
 from weights.recipe.bank import Bank
 from weights.recipe.candidates.candidate import (
     Candidate,
@@ -24,11 +25,17 @@ from weights.recipe.candidates.candidate import (
     Weights,
 )
 from weights.recipe.examples import Examples, lesion_map
-from weights.recipe.fitting import Batch, Schedule, evidence_loss, fit
+from weights.recipe.fitting import MARKED, Batch, Schedule, evidence_loss, fit
 from weights.recipe.network import with_evidence
 from weights.recipe.progress import Progress
 
+_BLEEDS_WORDS = (
+    " Half of the positive slices it saw were slices without a bleed into which one was drawn "
+    "(`weights/recipe/bleeds.py`), so that it answers to blood and not only to what comes with it. "
+    "None is ever judged."
+)
 _BATCH = 64
+_DRAWN_SHARE = 0.5  # of the positive slices in a batch, where bleeds are drawn
 _MAP_SIDE = 80  # cells of a lesion map
 
 
@@ -44,6 +51,7 @@ class Evidence:
     dropout: float = 0.3
     schedule: Schedule = field(default_factory=lambda: Schedule(samples=12_000))
     grey: int = 0  # views of which only the grey is altered
+    bleeds: int = 0  # views with bleeds drawn into slices that have none
 
     @property
     def name(self) -> str:
@@ -51,34 +59,37 @@ class Evidence:
             f"{self.family} w={self.spec.width} m={self.spec.members} k={self.spec.cells} "
             f"a={self.altered} d={self.dropout:g} n={self.schedule.samples}"
             + (f" g={self.grey}" if self.grey else "")
+            + (f" b={self.bleeds}" if self.bleeds else "")
         )
 
     @property
     def family(self) -> str:
-        return f"evidence {self.architecture}" + ("" if self.uses_boxes else " without boxes")
+        how = " with drawn bleeds" if self.bleeds else ""
+        how += "" if self.uses_boxes else " without boxes"
+        return f"evidence {self.architecture}{how}"
 
     @property
     def needs(self) -> tuple[Candidate, ...]:
         return ()
 
     def prepare(self, progress: Progress) -> None:
-        for view in self._views:
+        for view in (*self._views, *augment.views_with_bleeds(self.bleeds)):
             self.bank.features(view, progress)
 
     def fit(self, examples: Examples, rows: Rows, *, seed: int, given: tuple[Fit, ...]) -> Fit:
         torch.manual_seed(seed)
-        views = [(self.bank.features(v), self._covered(examples, v)) for v in self._views]
+        shelves = [_Shelf(self.bank.features(v), self._covered(examples, v)) for v in self._views]
+        drawn = [self._drawn(examples, rows, v) for v in augment.views_with_bleeds(self.bleeds)]
         standard = _Standard.of(self.bank.features(PLAIN), rows, seed)
         n_labels = examples.labels.shape[1]
-        head = EvidenceHead(views[0][0].shape[1], n_labels, self.spec, dropout=self.dropout)
+        head = EvidenceHead(shelves[0].maps.shape[1], n_labels, self.spec, dropout=self.dropout)
         head.train()
 
         def draw(chosen: Rows, rng: np.random.Generator) -> Batch:
-            which = rng.integers(len(views), size=len(chosen))
-            maps = np.stack([views[v][0][row] for v, row in zip(which, chosen, strict=True)])
-            covered = torch.stack([views[v][1][row] for v, row in zip(which, chosen, strict=True)])
-            labels = torch.from_numpy(examples.labels[chosen].astype(np.float32))
-            return Batch(standard(torch.from_numpy(maps).float()), labels, covered)
+            picked = [self._picked(examples, shelves, drawn, row, rng) for row in chosen]
+            maps, covered, labels = zip(*picked, strict=True)
+            inputs = standard(torch.from_numpy(np.stack(maps)).float())
+            return Batch(inputs, torch.from_numpy(np.stack(labels)), torch.stack(covered))
 
         loss = fit(
             lambda b: evidence_loss(head.evidence(b.inputs), b.labels, b.covered, self.spec.cells),
@@ -91,7 +102,22 @@ class Evidence:
         )
         standard.fold_into(head)
         weights = {name: value.numpy().copy() for name, value in head.state_dict().items()}
-        return Fit(weights, self._logits(head.eval()), {"loss": loss})
+        return Fit(weights, _logits(head.eval(), self.bank.features(PLAIN)), {"loss": loss})
+
+    @property
+    def pretrained(self) -> str:
+        return f"{imagenet(self.architecture)}; frozen"
+
+    @property
+    def words(self) -> str:
+        return (
+            f"The backbone is `{self.architecture}` with its ImageNet weights, frozen. Its feature "
+            f"maps of {len(self.spec.stages)} stages, brought to one grid of cells, go through a "
+            "small head that says of each cell how much it speaks for a bleed; the mean of the "
+            f"{self.spec.cells} strongest cells is the slice's logit (`inference/evidence.py`). "
+            "The head was fitted to the labels of all slices and, where somebody drew them, to "
+            f"lesion boxes.{_BLEEDS_WORDS if self.bleeds else ''}"
+        )
 
     @property
     def explanations(self) -> tuple[Explanation, ...]:
@@ -130,6 +156,32 @@ class Evidence:
         head = EvidenceHead(weights["trunk.reduce.weight"].shape[1], n_labels, self.spec)
         return head.requires_grad_(False)
 
+    def _picked(
+        self,
+        examples: Examples,
+        shelves: list["_Shelf"],
+        drawn: list["_Shelf"],
+        row: int,
+        rng: np.random.Generator,
+    ) -> tuple[NDArray[np.float16], Tensor, NDArray[np.float32]]:
+        """A slice in one of its views; in place of half the positive ones, one drawn into."""
+        labels = examples.labels[row].astype(np.float32)
+        shelf = shelves[rng.integers(len(shelves))]
+        if drawn and labels[0] and rng.random() < _DRAWN_SHARE:
+            shelf = drawn[rng.integers(len(drawn))]
+            row = int(rng.choice(shelf.rows))
+            labels = np.full_like(labels, np.nan)  # of no subtype that a radiologist would name
+            labels[0] = 1.0
+        return shelf.maps[row], shelf.covered[row], labels
+
+    def _drawn(self, examples: Examples, rows: Rows, view: augment.View) -> "_Shelf":
+        """Of the slices that may be learnt from, those without a bleed that were given one."""
+        maps = self.bank.features(view)
+        bleeds = torch.from_numpy(self.bank.bleeds(view))
+        covered = functional.adaptive_avg_pool2d(bleeds, (maps.shape[2], maps.shape[3]))
+        is_drawn = covered.amax(dim=(1, 2)).numpy() > MARKED
+        return _Shelf(maps, covered, rows[is_drawn[rows] & ~examples.labels[rows, 0]])
+
     def _covered(self, examples: Examples, view: augment.View) -> Tensor:
         """(slices, rows, cols): the lesion maps, moved as the view moved the slices."""
         rows, columns = self.bank.features(view).shape[2:]
@@ -141,18 +193,31 @@ class Evidence:
             made[torch.from_numpy(marked)] = functional.adaptive_avg_pool2d(moved, (rows, columns))
         return made
 
-    @torch.inference_mode()
-    def _logits(self, head: EvidenceHead) -> Floats:
-        maps = self.bank.features(PLAIN)
-        starts = range(0, len(maps), _BATCH)
-        parts = [head(torch.from_numpy(maps[i : i + _BATCH].astype(np.float32))) for i in starts]
-        return torch.cat(parts).double().numpy()
+    def logits(self, weights: Weights, view: augment.View, rows: Rows) -> Floats:
+        """(n, labels) of slices in a view."""
+        return _logits(self._head(weights), self.bank.features(view)[rows])
 
 
 def lesion_maps(examples: Examples, rows: Rows) -> Tensor:
     """(n, side, side), 0..1: finer than any grid, so that they can be moved; 0 where unmarked."""
     maps = [lesion_map(examples.lesions.get(int(row), ()), _MAP_SIDE) for row in rows]
     return torch.from_numpy(np.stack(maps))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shelf:
+    """One view of all slices."""
+
+    maps: NDArray[np.float16]  # (slices, channels, rows, cols)
+    covered: Tensor  # (slices, rows, cols), 0..1
+    rows: Rows = field(default_factory=lambda: np.empty(0, np.int64))  # to pick from, if not all
+
+
+@torch.inference_mode()
+def _logits(head: EvidenceHead, maps: NDArray[np.float16]) -> Floats:
+    starts = range(0, len(maps), _BATCH)
+    parts = [head(torch.from_numpy(maps[i : i + _BATCH].astype(np.float32))) for i in starts]
+    return torch.cat(parts).double().numpy()
 
 
 class _HeadAlone(nn.Module):

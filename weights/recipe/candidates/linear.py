@@ -14,6 +14,7 @@ from torch import nn
 from inference.heatmap import grad_cam
 from inference.manifest import EvidenceSpec
 from weights.recipe.augment import PLAIN
+from weights.recipe.backbone import imagenet
 from weights.recipe.bank import Bank
 from weights.recipe.candidates.candidate import Candidate, Explanation, Fit, Maps, Rows, Weights
 from weights.recipe.examples import Examples
@@ -57,6 +58,17 @@ class Linear:
             "bias": head.bias.astype(np.float32),
         }
         return Fit(weights, head.logits(features))
+
+    @property
+    def pretrained(self) -> str:
+        return f"{imagenet(self.architecture)}; frozen"
+
+    @property
+    def words(self) -> str:
+        return (
+            f"The network is `{self.architecture}` with its ImageNet weights, frozen; one linear "
+            "layer (logistic regression) was fitted on its pooled features."
+        )
 
     @property
     def explanations(self) -> tuple[Explanation, ...]:

@@ -17,6 +17,7 @@ from inference.evidence import EvidenceNet
 from inference.manifest import EvidenceSpec
 from weights.recipe import augment
 from weights.recipe.augment import View
+from weights.recipe.backbone import imagenet
 from weights.recipe.candidates.candidate import Candidate, Explanation, Fit, Maps, Rows, Weights
 from weights.recipe.candidates.evidence import Evidence, lesion_maps
 from weights.recipe.candidates.whole import Whole
@@ -58,6 +59,15 @@ class Tuned:
     @property
     def evidence(self) -> EvidenceSpec | None:
         return self.base.spec
+
+    @property
+    def pretrained(self) -> str:
+        return f"{imagenet(self.architecture)}; tuned from stage {self.first} on"
+
+    @property
+    def words(self) -> str:
+        how = f"Then the backbone's stages from {self.first} on were fitted with it."
+        return f"{self.base.words} {how}"
 
     @property
     def explanations(self) -> tuple[Explanation, ...]:
