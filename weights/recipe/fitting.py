@@ -92,6 +92,12 @@ def fit(
     return float(np.mean(losses[-max(steps // 10, 1) :]))
 
 
+def to_own_share(truth: NDArray[np.bool_]) -> float:
+    """Log-odds from the share of positive slices that `fit` draws to the share there is."""
+    share = float(truth.mean())
+    return float(np.log(share / (1 - share)) - np.log(_POSITIVE_SHARE / (1 - _POSITIVE_SHARE)))
+
+
 def evidence_loss(evidence: Tensor, labels: Tensor, covered: Tensor, cells: int) -> Tensor:
     """One number.
 

@@ -22,6 +22,7 @@ from inference.model import logits
 from inference.predict import aggregate, in_context
 from inference.volume import Volume, volume_from_pictures
 from inference.window import as_channels, cropped
+from weights.recipe.calibrate import apply
 from weights.recipe.candidates.candidate import Candidate, servable
 from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.data import PICTURE_RANGE_HU, Cohort
@@ -121,8 +122,8 @@ def _entry(
             if way.remedy:
                 own = volume_from_pictures(cohort.grey(rows), PICTURE_RANGE_HU)
                 slices[rows] = _logits(network, own, one, way, manifest)
-            study[place] = aggregate(slices[rows], one.aggregation)
-        of_series.append(aggregate(_logits(network, volume, one, way, manifest), one.aggregation))
+            study[place] = _chance(slices[rows], one)
+        of_series.append(_chance(_logits(network, volume, one, way, manifest), one))
     negatives = study[~examples.truth]
     percentiles = [100 * float((negatives < z).mean()) for z in of_series]
     return {
@@ -133,6 +134,12 @@ def _entry(
         "slice_auc": round(auc(slices, examples.labels[:, 0]), 4),
         "patient_auc": round(auc(study, examples.truth), 4),
     }
+
+
+def _chance(slices: Floats, chosen: Chosen) -> float:
+    """Calibrated, so that folds that chose another aggregation can stand in one row."""
+    score = aggregate(slices, chosen.aggregation)
+    return float(apply(chosen.calibration, np.array([score]))[0])
 
 
 def noise(volume: Volume, manifest: Manifest) -> float:

@@ -25,7 +25,14 @@ from weights.recipe.candidates.candidate import (
     Weights,
 )
 from weights.recipe.examples import Examples, lesion_map
-from weights.recipe.fitting import MARKED, Batch, Schedule, evidence_loss, fit
+from weights.recipe.fitting import (
+    MARKED,
+    Batch,
+    Schedule,
+    evidence_loss,
+    fit,
+    to_own_share,
+)
 from weights.recipe.network import with_evidence
 from weights.recipe.progress import Progress
 
@@ -101,6 +108,10 @@ class Evidence:
             seed=seed,
         )
         standard.fold_into(head)
+        # Back from the share that was drawn to the share there is, as balanced linear heads go:
+        # the logits of all candidates, and so of folds that chose otherwise, lie on one scale.
+        with torch.no_grad():
+            head.judge.get_parameter("bias").add_(to_own_share(examples.labels[rows, 0]))
         weights = {name: value.numpy().copy() for name, value in head.state_dict().items()}
         return Fit(weights, _logits(head.eval(), self.bank.features(PLAIN)), {"loss": loss})
 
