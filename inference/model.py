@@ -69,10 +69,14 @@ def load_model(bundle: Bundle, device: str | torch.device = "cpu") -> nn.Module:
             f"{bundle.weights}: does not fit {manifest.architecture} ({type(error).__name__})"
         ) from None
     model.eval().requires_grad_(False)
-    # fp32 means fp32: cuDNN would round convolutions to TF32 by itself.
+    exact_floats()
+    return model.to(device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
+
+
+def exact_floats() -> None:
+    """fp32 means fp32: a GPU would round convolutions and products to TF32 by itself."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    return model.to(device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

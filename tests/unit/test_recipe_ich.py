@@ -15,6 +15,7 @@ from inference.model import check_reference, load_model
 from inference.predict import predict
 from inference.volume import volume_from_pictures
 from weights.recipe import template
+from weights.recipe.card import write_card
 from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_boxes, read_cohort
 from weights.recipe.series import series_logits
 
@@ -90,6 +91,16 @@ def test_the_card_shows_the_measured_figures(bundle):
     for entry in figures["compared"]:
         assert entry["family"] in card
     assert bundle.manifest.label("any").threshold == figures["final"]["thresholds"]["balanced"]
+
+
+def test_the_card_is_what_the_recipe_writes_of_those_figures(tmp_path):
+    import json
+
+    figures = json.loads((BUNDLE / "report" / "figures.json").read_text())
+
+    write_card(tmp_path / "card.md", figures)
+
+    assert (tmp_path / "card.md").read_text() == (BUNDLE / "MODEL_CARD.md").read_text()
 
 
 @needs_data

@@ -58,7 +58,7 @@ def test_what_is_only_memory_is_worth_nothing_out_of_fold(tmp_path):
 
     [figures] = compared(recipe, seed=0)
     assert figures["slice_auc"]["low"] < 0.5 < figures["slice_auc"]["high"]
-    assert set(np.round(np.abs(found.logits[:, 0]), 3)) != {10.0}
+    assert np.abs(found.logits[:, 0]).max() < 6  # memory speaks with 10
 
 
 def test_no_fit_that_judges_or_chooses_has_seen_whom_it_judges(tmp_path, monkeypatch):

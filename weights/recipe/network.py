@@ -18,8 +18,9 @@ Weights = Mapping[str, NDArray[np.float32]]
 def stored_backbone(architecture: str) -> nn.Module:
     """The ImageNet network with its convolutions rounded to half precision, computed in fp32.
 
-    Rounded before features are taken, so that the head is fitted to exactly the weights that ship:
-    half the file, and not a bit of difference between what was judged and what serves.
+    Rounded before features are taken, so that the head is fitted to exactly the weights that ship,
+    and the file is half as long. Features are kept in half precision, too, which the served network
+    does not do: a difference of some thousandths of a logit.
     """
     network = imagenet_backbone(architecture)
     round_convolutions(network)

@@ -1,22 +1,21 @@
 """From labelled slices to a bundle that can serve: the whole recipe, in one function."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from inference.bundle import CALIBRATION, load_bundle
-from inference.model import check_reference, load_model
+from db.result import Urgency
+from inference.bundle import Bundle, load_bundle
+from inference.model import exact_floats, load_model
 from inference.predict import aggregate
 from inference.serving import pick_device
-from weights.recipe import bundle_files
 from weights.recipe.answer import answers_to_bleeds
 from weights.recipe.bank import Pictures, read_pictures
 from weights.recipe.calibrate import apply
-from weights.recipe.candidates.candidate import Explanation, Servable, servable
+from weights.recipe.candidates.candidate import Explanation, servable
 from weights.recipe.card import write_card
 from weights.recipe.compare import compared
 from weights.recipe.data import LABELS, Cohort, read_boxes, read_cohort
@@ -31,12 +30,8 @@ from weights.recipe.pointing import best_explanation, pointing_game
 from weights.recipe.progress import Progress, silent
 from weights.recipe.series import NotJudged, series_logits
 from weights.recipe.shift import scanner_shift
+from weights.recipe.ship import ACTIVE, VERSION, ship
 from weights.recipe.template import ICH, Kind, draft
-
-VERSION = "2.0.0"
-
-#: The operating point that serves.
-ACTIVE = "balanced"
 
 #: A further head CT beside the training set: scored as a check of the whole path, if it is there.
 _EXTERNAL = "head-ct-ge"
@@ -70,6 +65,7 @@ def train(
     data : the folder of `ct-ich`: manifest.csv, boxes.csv, brain/
     """
     plan = plan or Plan()
+    exact_floats()
     cohort, boxes = read_cohort(data), read_boxes(data)
     (out / "report").mkdir(parents=True, exist_ok=True)
     cache = out / "cache"
@@ -94,7 +90,7 @@ def train(
         _other_split(recipe_of(seed), seed, progress)
         for seed in range(plan.seed + 1, plan.seed + 1 + plan.repeats)
     ]
-    _write(out, plan.kind, final, how, figures)
+    ship(out, plan.kind, final, how, figures)
     negatives = final.study_logits[~recipe.examples.truth]
     figures["external"] = _external(out, data.parent / _EXTERNAL, negatives)
     figures["shift"] = scanner_shift(
@@ -136,6 +132,8 @@ def _judged(
     examples = recipe.examples
     found, final = recipe.out_of_fold(progress), recipe.choose()
     judge = Judge(cohort, found, seed=plan.seed)
+    alone = recipe.only(final.candidate.family).out_of_fold(progress)
+    of_family = Judge(cohort, alone, seed=plan.seed)
     how = best_explanation(recipe.fits, final.candidate)
     figures = {
         "bundle": plan.kind.name,
@@ -147,15 +145,24 @@ def _judged(
         "seed": plan.seed,
         "outer_folds": len(found.chosen),
         "headline": judge.headline(),
+        "shipped_family": {
+            "headline": of_family.headline(),
+            "operating_points": of_family.operating_points(),
+        },
         "operating_points": judge.operating_points(),
         "active": ACTIVE,
         "subgroups": judge.subgroups(ACTIVE),
         "subtypes": judge.by_subtype(ACTIVE),
         "shortcuts": judge.shortcuts(),
         "per_fold": [_chosen(chosen) for chosen in found.chosen],
-        "final": {**_chosen(final), "explanation": str(how), **_refit(examples, final)},
+        "final": {
+            **_chosen(final),
+            "explanation": str(how),
+            "at_own_thresholds": _at_own_thresholds(examples, final),
+            **_refit(examples, final),
+        },
         "pointing_game": pointing_game(
-            recipe.fits, found, pictures, active=ACTIVE, seed=plan.seed, progress=progress
+            recipe.fits, alone, pictures, active=ACTIVE, seed=plan.seed, progress=progress
         ),
         "study_logits": {  # of the final recipe, from folds that did not see the patient; sorted
             "negative": np.sort(final.study_logits[~judge.truth]).round(3).tolist(),
@@ -204,6 +211,18 @@ def _chosen(chosen: Chosen) -> dict[str, Any]:
     }
 
 
+def _at_own_thresholds(examples: Examples, final: Chosen) -> dict[str, dict[str, float]]:
+    """The thresholds that ship, on the logits they were set by: optimistic."""
+    probability, truth = apply(final.calibration, final.study_logits), examples.truth
+    return {
+        name: {
+            "sensitivity": round(share(probability[truth] >= threshold), 4),
+            "specificity": round(share(probability[~truth] < threshold), 4),
+        }
+        for name, threshold in final.thresholds.items()
+    }
+
+
 def _refit(examples: Examples, final: Chosen) -> dict[str, Any]:
     """How far the fit on all patients lies from the folds that calibrated it.
 
@@ -219,73 +238,6 @@ def _refit(examples: Examples, final: Chosen) -> dict[str, Any]:
         "inner_patient_auc": round(auc(final.study_logits, truth), 4),
         "inner_slice_auc": round(auc(final.logits, examples.labels[:, 0]), 4),
     }
-
-
-def _write(
-    out: Path, kind: Kind, final: Chosen, how: Explanation, figures: Mapping[str, Any]
-) -> None:
-    """The bundle's files; then loaded as the node loads them, it must give its own reference."""
-    candidate = servable(final.candidate)
-    network = candidate.network(final.fit.weights, final.smoothing.mix(len(LABELS)))
-    sha256 = bundle_files.write_weights(out, network)
-    bundle_files.write_manifest(out, kind, _measured(sha256, final, how, figures))
-    bundle_files.write_reference(out, network)
-    bundle_files.write_calibration(
-        out / CALIBRATION,
-        {LABELS[0]: final.calibration},
-        fitted_on=f"{figures['data']['patients']} patients of ct-ich, "
-        f"out of {figures['outer_folds']} folds by patient",
-    )
-    bundle = load_bundle(out)
-    check_reference(bundle, load_model(bundle))
-
-
-def _measured(
-    sha256: str, final: Chosen, how: Explanation, figures: Mapping[str, Any]
-) -> dict[str, Any]:
-    thresholds = {name: round(value, 4) for name, value in final.thresholds.items()}
-    return {
-        "version": VERSION,
-        "architecture": servable(final.candidate).architecture,
-        "pretrained": servable(final.candidate).pretrained,
-        "evidence": _evidence_lines(servable(final.candidate)),
-        "weights_sha256": sha256,
-        "prevalence": final.calibration.prevalence,
-        "threshold": thresholds[ACTIVE],
-        "active": ACTIVE,
-        "stat_at": thresholds["high specificity"],
-        "operating_points": "".join(
-            "[[labels.operating_points]]\n"
-            f'name = "{name}"\nthreshold = {threshold}\n'
-            f"sensitivity = {figures['operating_points'][name]['sensitivity']['value']}\n"
-            f"specificity = {figures['operating_points'][name]['specificity']['value']}\n"
-            for name, threshold in thresholds.items()
-        ),
-        "aggregation_kind": final.aggregation.kind,
-        "aggregation_k": final.aggregation.k,
-        "context": final.smoothing.context,
-        "method": how.method,
-        "layer": how.layer,
-        "pointing_game": _pointing_lines(figures["pointing_game"]["all"]),
-    }
-
-
-def _evidence_lines(candidate: Servable) -> str:
-    spec = candidate.evidence
-    if spec is None:
-        return ""
-    values = asdict(spec) | {"stages": list(spec.stages)}
-    return "\n[evidence]\n" + "".join(f"{name} = {value}\n" for name, value in values.items())
-
-
-def _pointing_lines(game: Mapping[str, Any]) -> str:
-    """Nothing, where no slice was marked."""
-    names = {"": "model_hit", "_untrained": "untrained_hit", "_brightest": "brightest_hit"}
-    return "".join(
-        f"pointing_game{suffix} = {game[name]['value']}\n"
-        for suffix, name in names.items()
-        if game[name] is not None
-    )
 
 
 def _external(out: Path, folder: Path, negatives: Floats) -> dict[str, Any] | None:
@@ -306,5 +258,21 @@ def _external(out: Path, folder: Path, negatives: Floats) -> dict[str, Any] | No
         "study_logit": round(score, 3),
         "probability": round(probability, 4),
         "present": threshold is not None and probability >= threshold,
+        "urgency": str(_urgency(bundle, probability)),
         "percentile_of_negatives": round(100 * float((negatives < score).mean()), 1),
     }
+
+
+def _urgency(bundle: Bundle, probability: float) -> Urgency:
+    """What the node would say of the primary label alone."""
+    primary = bundle.manifest.labels[0]
+    if primary.threshold is None or probability < primary.threshold:
+        return Urgency.ROUTINE
+    met = [
+        rule.level
+        for rule in bundle.manifest.study.urgency
+        if rule.label == primary.id and (rule.at is None or probability >= rule.at)
+    ]
+    return next(
+        (level for level in (Urgency.STAT, Urgency.URGENT) if level in met), Urgency.ROUTINE
+    )

@@ -38,8 +38,8 @@ from weights.recipe.progress import Progress
 
 _BLEEDS_WORDS = (
     " Half of the positive slices it saw were slices without a bleed into which one was drawn "
-    "(`weights/recipe/bleeds.py`), so that it answers to blood and not only to what comes with it. "
-    "None is ever judged."
+    "(`weights/recipe/bleeds.py`), meant to have it answer to blood and not only to what comes "
+    "with it; how far it does is told below. None is ever judged."
 )
 _BATCH = 64
 _DRAWN_SHARE = 0.5  # of the positive slices in a batch, where bleeds are drawn
@@ -86,7 +86,8 @@ class Evidence:
     def fit(self, examples: Examples, rows: Rows, *, seed: int, given: tuple[Fit, ...]) -> Fit:
         torch.manual_seed(seed)
         shelves = [_Shelf(self.bank.features(v), self._covered(examples, v)) for v in self._views]
-        drawn = [self._drawn(examples, rows, v) for v in augment.views_with_bleeds(self.bleeds)]
+        bled = (self._drawn(examples, rows, v) for v in augment.views_with_bleeds(self.bleeds))
+        drawn = [shelf for shelf in bled if len(shelf.rows)]  # where a skull closes at all
         standard = _Standard.of(self.bank.features(PLAIN), rows, seed)
         n_labels = examples.labels.shape[1]
         head = EvidenceHead(shelves[0].maps.shape[1], n_labels, self.spec, dropout=self.dropout)
@@ -108,10 +109,11 @@ class Evidence:
             seed=seed,
         )
         standard.fold_into(head)
-        # Back from the share that was drawn to the share there is, as balanced linear heads go:
-        # the logits of all candidates, and so of folds that chose otherwise, lie on one scale.
+        # Back from the share that was drawn to the share there is, as balanced linear heads go.
+        # The first label's alone: how often the others came depends on what was drawn.
         with torch.no_grad():
-            head.judge.get_parameter("bias").add_(to_own_share(examples.labels[rows, 0]))
+            first = head.judge.get_parameter("bias")[:: examples.labels.shape[1]]
+            first.add_(to_own_share(examples.labels[rows, 0]))
         weights = {name: value.numpy().copy() for name, value in head.state_dict().items()}
         return Fit(weights, _logits(head.eval(), self.bank.features(PLAIN)), {"loss": loss})
 
@@ -132,7 +134,8 @@ class Evidence:
 
     @property
     def explanations(self) -> tuple[Explanation, ...]:
-        methods: tuple[CamMethod, ...] = ("grad-cam", "grad-cam++", "hirescam", "layercam")
+        # HiResCAM and LayerCAM light up the strongest cells alone, and objects call a map Grad-CAM.
+        methods: tuple[CamMethod, ...] = ("grad-cam", "grad-cam++")
         return tuple(Explanation(m, layer) for layer in ("head.trunk", "grid") for m in methods)
 
     def maps(self, weights: Weights, rows: Rows, how: Explanation) -> Maps:
