@@ -1,13 +1,14 @@
 """What is chosen and judged in folds, by patients that neither the fit nor the choice has seen."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weights.recipe.bank import folder_for
 from weights.recipe.candidates.candidate import Candidate, Fit, Mean, servable
 from weights.recipe.compare import compared
 from weights.recipe.data import LesionBox
@@ -15,6 +16,7 @@ from weights.recipe.examples import ALL, Examples, lesion_map
 from weights.recipe.fits import Fits
 from weights.recipe.nested import Recipe, Smoothing, beats
 from weights.recipe.pointing import Pointing
+from weights.recipe.template import draft
 
 PATIENTS, SLICES, FOLDS = 40, 6, 4
 
@@ -110,6 +112,19 @@ def test_a_fit_is_made_once_and_logged(tmp_path):
         tuple(sorted(split)) for split in examples.splits()
     }
     assert log[0]["loss"] == 0.5
+
+
+def test_what_changes_the_input_gets_a_cache_of_its_own_and_what_refuses_does_not(tmp_path):
+    manifest = draft()
+    smaller = replace(manifest, input=replace(manifest.input, size=288))
+    windows = replace(manifest.input, windows=manifest.input.windows[::-1])
+    stricter = replace(manifest, pixels=replace(manifest.pixels, gates=()))
+
+    folder = folder_for(manifest, tmp_path)
+
+    assert folder_for(smaller, tmp_path) != folder
+    assert folder_for(replace(manifest, input=windows), tmp_path) != folder
+    assert folder_for(stricter, tmp_path) == folder
 
 
 def test_other_labels_or_folds_are_other_fits(tmp_path):

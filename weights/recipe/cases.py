@@ -14,9 +14,8 @@ from db.errors import PermanentError
 from inference.bundle import Bundle
 from inference.manifest import Manifest
 from inference.volume import volume_from_pictures
-from inference.window import model_input
-from weights.recipe.data import Cohort
-from weights.recipe.features import seen_by_model
+from inference.window import ModelInput, model_input
+from weights.recipe.data import PICTURE_RANGE_HU, Cohort
 from weights.recipe.pictures import (
     BadPicture,
     GreyWindow,
@@ -221,3 +220,9 @@ def _readable(folder: Path, lines: Sequence[_Line]) -> Iterator[NDArray[np.uint8
     for line in lines:
         with suppress(BadPicture):  # told when its turn comes
             yield without_writing(read_picture(folder / line.name))
+
+
+def seen_by_model(cohort: Cohort, rows: NDArray[np.int64], manifest: Manifest) -> ModelInput:
+    """One patient's slices as the served model would see them."""
+    volume = volume_from_pictures(cohort.grey(rows), PICTURE_RANGE_HU)
+    return model_input(volume, manifest.pixels, manifest.input)

@@ -14,9 +14,9 @@ from inference.bundle import Bundle
 from inference.model import logits
 from inference.predict import in_context, study_scores
 from weights.recipe.cases import Case, LeftOut, Source
-from weights.recipe.features import Progress, silent
 from weights.recipe.figures import auc, calibration_figures, known, with_interval
 from weights.recipe.operating import PREVALENCES, operating_point
+from weights.recipe.progress import Progress, silent
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -13,7 +13,7 @@ from inference.model import exact_floats, load_model
 from inference.predict import aggregate
 from inference.serving import pick_device
 from weights.recipe.answer import answers_to_bleeds
-from weights.recipe.bank import Pictures, read_pictures
+from weights.recipe.bank import Pictures, folder_for, read_pictures
 from weights.recipe.calibrate import apply
 from weights.recipe.candidates.candidate import Explanation, servable
 from weights.recipe.card import write_card
@@ -74,7 +74,9 @@ def train(
 
     def recipe_of(seed: int) -> Recipe:
         examples = Examples.of(cohort, pictures, boxes, folds=plan.folds, seed=seed)
-        fits = Fits(cache / "fits", examples, seed=seed)
+        # Beside the features they rest on: another window, or other draws of views, is another fit.
+        folder = folder_for(pictures.manifest, cache) / f"fits-of-features-{plan.seed}"
+        fits = Fits(folder, examples, seed=seed)
         fits.make(candidates.shipping, examples.splits(), progress)
         return Recipe(fits, candidates.shipping, seed=seed)
 
