@@ -25,8 +25,8 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
-# No noisy_or: it grows with the number of slices, and a series that overlaps, or is cut thinner,
-# would look sicker than it is (measured: twice the slices took specificity from 0.85 to 0.24).
+# No noisy_or: it grows with the number of slices, so a series that overlaps, or is cut thinner,
+# would look sicker than it is.
 AGGREGATIONS = (
     Aggregation(kind="max"),
     Aggregation(kind="topk_mean", k=3),
