@@ -176,6 +176,7 @@ class OutputSpec:
     disclaimer: str
     conclusion_present: str  # one sentence; never that something is not there
     conclusion_absent: str
+    map_word: str = "Grad-CAM"  # how heat maps were made, as their authors call it
 
     def __post_init__(self) -> None:
         if not all(str(getattr(self, name)).isascii() for name in self.__slots__):

@@ -14,6 +14,7 @@ from dicom_sr import evidence, heat, pages
 from dicom_sr.attributes import GEOMETRY
 from dicom_sr.plan import MANUFACTURER, MODEL_NAME, OVERLAY, SUMMARY, Issue, Plan
 
+#: Its definition names Grad-CAM; the other methods weigh activations by gradients, too.
 GRAD_CAM = Code("130403", "DCM", "Gradient-weighted class activation")
 SOURCE_IMAGE = Code("121322", "DCM", "Source image for image processing operation")
 SHOWN_THUMBNAILS = 3
@@ -75,8 +76,8 @@ def overlay(
 
 def derive(built: Dataset, plan: Plan, images: Sequence[ImageRef]) -> None:
     """Say that overlays lie on these images, and how they came about."""
-    word = plan.output.image_word
-    built.DerivationDescription = f"Grad-CAM overlay on source {word}; not for primary diagnosis"
+    made, word = plan.output.map_word, plan.output.image_word
+    built.DerivationDescription = f"{made} overlay on source {word}; not for primary diagnosis"
     built.DerivationCodeSequence = [evidence.coded(GRAD_CAM)]
     refer(built, images, is_in_place=True)
 

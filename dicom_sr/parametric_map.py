@@ -81,7 +81,7 @@ def parametric_map(
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[_quantity(top)],
         voi_lut_transformations=[_window(top)],
-        content_description="Grad-CAM values; not for primary diagnosis",
+        content_description=f"{finding.output.map_word} values; not for primary diagnosis",
         derivation=evidence.coded(capture.GRAD_CAM),
         **evidence.series_values(plan, MAP, finding.output.map_series),
     )

@@ -218,17 +218,23 @@ class LabelSpec:
 class Aggregation:
     """From image logits to one study logit; see `inference.predict.aggregate`."""
 
-    kind: Literal["max", "topk_mean", "noisy_or", "smoothed_max"]
+    kind: Literal["max", "topk_mean", "noisy_or", "smoothed_max", "ranked"]
     k: int = 1  # topk_mean: images averaged; smoothed_max: images in the running mean, odd
+    weights: tuple[float, ...] = ()  # ranked: of the highest of k logits, the second highest, ...
 
     def __post_init__(self) -> None:
         if self.k < 1 or (self.kind == "smoothed_max" and self.k % 2 == 0):
             raise ValueError("k must be at least 1, and odd for smoothed_max")
+        if len(self.weights) != (self.k if self.kind == "ranked" else 0):
+            raise ValueError("weights are for ranked alone, which needs k of them")
+        if self.weights and (min(self.weights) < 0 or self.weights[0] <= 0):
+            raise ValueError("no weight may be below 0, and the first must be above")
 
     def __str__(self) -> str:
-        return (
-            f"{self.kind} k={self.k}" if self.kind in ("topk_mean", "smoothed_max") else self.kind
-        )
+        if self.kind == "ranked":
+            return f"ranked {' '.join(f'{w:g}' for w in self.weights)}"
+        has_k = self.kind in ("topk_mean", "smoothed_max")
+        return f"{self.kind} k={self.k}" if has_k else self.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,7 +206,8 @@ def aggregate(logits: Sequence[float] | NDArray[np.floating], how: Aggregation) 
     """One study logit from the images' logits, shape (n,), in order along the normal.
 
     max, topk_mean: of the logits. noisy_or: at least one of independent images. smoothed_max: the
-    maximum of a running mean over k images, of those there are at the ends.
+    maximum of a running mean over k images, of those there are at the ends. ranked: a weighted mean
+    of the highest logits, the highest first; of fewer images the lowest stands for those missing.
     """
     values = np.asarray(logits, dtype=np.float64)
     if how.kind == "max":
@@ -217,6 +218,10 @@ def aggregate(logits: Sequence[float] | NDArray[np.floating], how: Aggregation) 
         # -log of the chance that none shows it; log(exp(x) - 1) is its log-odds turned round.
         none = float(np.logaddexp(0.0, values).sum())
         return none + math.log(-math.expm1(-none))
+    if how.kind == "ranked":
+        ranked = np.sort(values)[::-1][: how.k]
+        ranked = np.pad(ranked, (0, how.k - len(ranked)), mode="edge")
+        return float(np.average(ranked, weights=how.weights))
     half = how.k // 2
     windows = (values[max(i - half, 0) : i + half + 1] for i in range(len(values)))
     return float(max(window.mean() for window in windows))

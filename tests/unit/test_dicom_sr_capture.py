@@ -128,6 +128,17 @@ def test_two_tenants_with_the_same_study_share_no_uid(headers):
     assert not north & south
 
 
+def test_an_overlay_says_how_its_map_was_made(headers):
+    finding = make_finding(headers)
+    other = replace(finding, output=replace(finding.output, map_word="HiResCAM"))
+
+    for one, word in ((finding, "Grad-CAM"), (other, "HiResCAM")):
+        overlay = of_role(build(one, headers), "overlay")[0]
+        described = f"{word} overlay on source slice; not for primary diagnosis"
+        assert overlay.DerivationDescription == described
+        assert overlay.DerivationCodeSequence[0].CodeValue == "130403"
+
+
 def test_an_overlay_lies_exactly_on_its_slice(headers):
     finding = make_finding(headers)
 

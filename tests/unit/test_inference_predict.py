@@ -143,6 +143,9 @@ def test_aggregations_by_hand():
     assert aggregate(values, Aggregation(kind="max")) == 4.0
     assert aggregate(values, Aggregation(kind="topk_mean", k=2)) == 3.5
     assert aggregate(values, Aggregation(kind="smoothed_max", k=3)) == 2.5
+    ranked = Aggregation(kind="ranked", k=2, weights=(0.75, 0.25))
+    assert aggregate(values, ranked) == 0.75 * 4.0 + 0.25 * 3.0
+    assert aggregate([2.0], ranked) == 2.0  # the lowest stands for those that are not there
 
 
 def test_a_negative_study_has_no_key_images_and_no_urgency(prepared, bundle):

@@ -262,3 +262,14 @@ def test_at_the_samples_own_prevalence_worth_is_what_was_counted():
     (line,) = made["predictive_values"]
     assert line["ppv"]["value"] == pytest.approx(truth[present].mean(), abs=1e-4)
     assert line["npv"]["value"] == pytest.approx((~truth[~present]).mean(), abs=1e-4)
+
+
+def test_where_no_study_is_missed_the_interval_still_has_a_width():
+    truth = np.arange(60) < 20
+    present = np.arange(60) < 21
+
+    made = operating_point(present, truth, alone(60), prevalences=(0.1,), seed=0)
+
+    # 20 of 20: 0.025 ** (1 / 20), as tables of Clopper and Pearson have it.
+    assert made["sensitivity"] == {"value": 1.0, "low": pytest.approx(0.8316, abs=1e-4), "high": 1}
+    assert made["specificity"]["low"] < 0.975 < made["specificity"]["high"] < 1

@@ -12,6 +12,7 @@ from inference.evidence import EvidenceHead
 from inference.manifest import EvidenceSpec
 from weights.recipe import augment
 from weights.recipe.augment import MIRRORED, PLAIN, View, views_with_bleeds
+from weights.recipe.backbone import Backbone
 from weights.recipe.bank import write
 from weights.recipe.bleeds import inside_skull, with_bleed
 from weights.recipe.candidates.evidence import Evidence
@@ -19,11 +20,12 @@ from weights.recipe.candidates.sequence import Sequence
 from weights.recipe.data import LesionBox
 from weights.recipe.examples import Examples
 from weights.recipe.figures import auc
-from weights.recipe.fitting import Schedule, evidence_loss, fit
+from weights.recipe.fitting import Batch, Schedule, evidence_loss, fit
 from weights.recipe.phantoms import drawn_head
 
 SPEC = EvidenceSpec(stages=(1, 2), grid=2, width=4, members=1, cells=2)
 SIDE = 6
+NOTHING = Backbone("none", {}, "nowhere")
 
 
 class Drawn:
@@ -97,7 +99,7 @@ def test_cells_outside_a_box_must_be_quiet_and_some_inside_must_speak():
     right[..., 1:3, 1:3] = 4
     wrong[..., 4:, 4:] = 4
 
-    losses = [float(evidence_loss(e, labels, covered, 2)) for e in (right, quiet, wrong)]
+    losses = [float(loss_of(e, labels, covered)) for e in (right, quiet, wrong)]
 
     assert losses[0] < 0.2 < losses[1]
     assert losses[0] < losses[2]
@@ -107,7 +109,7 @@ def test_a_positive_slice_that_nobody_marked_may_speak_anywhere():
     labels, covered = torch.tensor([[1.0]]), torch.zeros(1, SIDE, SIDE)
     speaks = torch.full((1, 1, 1, SIDE, SIDE), 6.0)
 
-    assert float(evidence_loss(speaks, labels, covered, 2)) < 0.01
+    assert float(loss_of(speaks, labels, covered)) < 0.01
 
 
 def test_one_class_alone_cannot_be_fitted():
@@ -125,7 +127,7 @@ def learnt():
     examples, maps = drawn_examples()
     bank = Drawn(maps.astype(np.float16))
     schedule = Schedule(samples=6_400, batch=32, rate=5e-3)
-    candidate = Evidence(bank, "none", SPEC, 0, dropout=0.0, schedule=schedule)
+    candidate = Evidence(bank, NOTHING, SPEC, 0, dropout=0.0, schedule=schedule)
     rows = np.concatenate(examples.groups[::2])
     return candidate, examples, rows, candidate.fit(examples, rows, seed=0, given=())
 
@@ -187,7 +189,7 @@ def test_a_head_learns_from_drawn_bleeds_what_no_patient_shows():
     examples, maps = drawn_examples()
     bank = WithBleeds(maps.astype(np.float16))
     schedule = Schedule(samples=6_400, batch=32, rate=5e-3)
-    candidate = Evidence(bank, "none", SPEC, 0, dropout=0.0, schedule=schedule, bleeds=1)
+    candidate = Evidence(bank, NOTHING, SPEC, 0, dropout=0.0, schedule=schedule, bleeds=1)
     rows = np.concatenate(examples.groups[::2])
     unseen = np.setdiff1d(np.arange(len(examples.labels)), rows)
     clear = unseen[~examples.labels[unseen, 0]]
@@ -231,12 +233,49 @@ def test_a_label_that_is_not_known_teaches_nothing():
     known, unknown = torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[1.0, float("nan")]] * 2)
     alone = evidence[:, :, :1]
 
-    assert float(evidence_loss(evidence, unknown, covered, 2)) == pytest.approx(
-        float(evidence_loss(alone, unknown[:, :1], covered, 2))
+    of_unknown = loss_of(evidence, unknown, covered)
+    assert of_unknown == pytest.approx(loss_of(alone, unknown[:, :1], covered))
+    assert loss_of(evidence, known, covered) > of_unknown
+
+
+def test_a_teacher_is_heard_cell_by_cell_and_where_it_is_silent_not():
+    labels, covered = torch.tensor([[1.0]]), torch.zeros(1, SIDE, SIDE)
+    evidence = torch.full((1, 1, 1, SIDE, SIDE), -4.0)
+    evidence[..., 2:4, 2:4] = 4
+    agrees, silent = torch.sigmoid(evidence[:, 0, 0]), torch.full((1, SIDE, SIDE), torch.nan)
+    contradicts = 1 - agrees
+
+    alone = loss_of(evidence, labels, covered)
+
+    assert loss_of(evidence, labels, covered, silent) == alone
+    assert loss_of(evidence, labels, covered, contradicts) > loss_of(
+        evidence, labels, covered, agrees
     )
-    assert float(evidence_loss(evidence, known, covered, 2)) > float(
-        evidence_loss(evidence, unknown, covered, 2)
-    )
+
+
+def test_a_taught_head_follows_its_teacher_into_the_mirror(learnt):
+    """Nobody marked a slice for it: where it looks it has from its teacher, in every view."""
+    narrow, examples, rows, _ = learnt
+    teacher = replace(narrow, spec=replace(SPEC, width=16))
+    said = teacher.fit(examples, rows, seed=0, given=())
+    unmarked = replace(examples, lesions={})
+    student = replace(teacher, teacher=teacher)
+    untaught = replace(teacher, uses_boxes=False)
+    unseen = np.setdiff1d(np.arange(len(examples.labels)), rows)
+    wanted = teacher.says(said.weights)[unseen].flatten()
+
+    made = student.fit(unmarked, rows, seed=0, given=(said,))
+    alone = untaught.fit(unmarked, rows, seed=0, given=())
+
+    def likeness(fit):
+        return np.corrcoef(student.says(fit.weights)[unseen].flatten(), wanted)[0, 1]
+
+    assert likeness(made) > 0.9
+    assert likeness(made) > likeness(alone) + 0.02
+    assert student.needs == (teacher,)
+    assert student.family != teacher.family
+    assert "distillation" in student.words
+    assert "distillation" not in teacher.words
 
 
 class WithBleeds(Drawn):
@@ -287,3 +326,7 @@ def drawn_examples():
             box = LesionBox(x / SIDE, y / SIDE, (x + 2) / SIDE, (y + 2) / SIDE)
             lesions[int(row)] = (box,)
     return Examples(labels, groups, np.arange(20) % 4, lesions), maps
+
+
+def loss_of(evidence, labels, covered, heard=None):
+    return float(evidence_loss(evidence, Batch(evidence, labels, covered, heard), 2))

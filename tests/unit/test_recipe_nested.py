@@ -13,9 +13,11 @@ from weights.recipe.candidates.candidate import Candidate, Fit, Mean, servable
 from weights.recipe.compare import compared
 from weights.recipe.data import LesionBox
 from weights.recipe.examples import ALL, Examples, lesion_map
+from weights.recipe.figures import auc
 from weights.recipe.fits import Fits
-from weights.recipe.nested import Recipe, Smoothing, beats
+from weights.recipe.nested import AGGREGATIONS, NOISY_OR, Recipe, Smoothing, beats
 from weights.recipe.pointing import Pointing
+from weights.recipe.ranked import cross_fitted, fit_ranked
 from weights.recipe.template import draft
 
 PATIENTS, SLICES, FOLDS = 40, 6, 4
@@ -213,3 +215,51 @@ def drawn(seed=0):
     for part in (np.arange(0, PATIENTS, 2), np.arange(1, PATIENTS, 2)):
         folds[rng.permutation(part)] = np.arange(len(part)) % FOLDS
     return Examples(labels, groups, folds, {})
+
+
+def test_learnt_weights_find_which_images_tell():
+    """Only each study's second highest image knows: the highest is noise."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(400) % 2 == 0
+    studies = [
+        np.array([9 + 3 * rng.normal(), 2.0 * positive + rng.normal(), *(-9 + rng.normal(size=6))])
+        for positive in truth
+    ]
+
+    made = fit_ranked(studies, truth)
+
+    assert np.argmax(made.weights) == 1
+    assert sum(made.weights) == pytest.approx(1, abs=0.01)
+    unseen = cross_fitted(studies, truth, seed=0)
+    highest = np.array([study.max() for study in studies])
+    assert auc(unseen, truth) > auc(highest, truth) + 0.2
+
+
+def test_learnt_weights_of_a_study_never_saw_it():
+    rng = np.random.default_rng(1)
+    truth = np.arange(40) % 2 == 0
+    studies = [rng.normal(size=6) + positive for positive in truth]
+    changed = [*studies[:-1], studies[-1] + 50]
+
+    before, after = (cross_fitted(some, truth, seed=0) for some in (studies, changed))
+
+    # The same weights judged it both times: all its logits rose by 50, and so did their mean.
+    assert after[-1] - before[-1] == pytest.approx(50)
+    assert (after[:-1] != before[:-1]).any()  # of others it was learnt from
+
+
+def test_noisy_or_is_told_and_never_chosen(tmp_path, monkeypatch):
+    """Even where its log-loss is by far the best."""
+
+    def ways(logits, groups, truth, *, seed):
+        noise = np.random.default_rng(seed).normal(size=len(truth))
+        return {AGGREGATIONS[0]: noise, NOISY_OR: noise + 4 * truth}
+
+    monkeypatch.setattr("weights.recipe.nested._aggregations", ways)
+    recipe = recipe_of(tmp_path, Made("good", 0.9))
+
+    chosen = recipe.choose()
+
+    assert chosen.aggregation == AGGREGATIONS[0]
+    losses = chosen.aggregation_log_losses
+    assert losses["noisy_or"] < losses[str(AGGREGATIONS[0])]

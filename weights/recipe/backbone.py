@@ -10,6 +10,7 @@ logits to the bit. Two photographs that scikit-learn ships come out as a palace 
 import importlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,34 @@ _SEPARABLE = {
     "_bn2": "bn2",
 }
 _BLOCK_KEY = re.compile(r"_blocks\.(\d+)\.([a-z_0-9]+)\.([a-z_]+)")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Backbone:
+    """A network that knows something before it sees a head; the recipe fits none of it."""
+
+    architecture: str  # as timm names it
+    weights: Mapping[str, Tensor]  # under timm's names; convolutions rounded as they are stored
+    origin: str  # in words
+
+
+def stored_backbone(architecture: str) -> Backbone:
+    """The ImageNet network with its convolutions rounded to half precision, computed in fp32.
+
+    Rounded before features are taken, so that the head is fitted to exactly the weights that ship,
+    and the file is half as long. Features are kept in half precision, too, which the served network
+    does not do: a difference of some thousandths of a logit.
+    """
+    network = imagenet_backbone(architecture)
+    round_convolutions(network)
+    return Backbone(architecture, network.state_dict(), imagenet(architecture))
+
+
+def round_convolutions(network: nn.Module) -> None:
+    """To half precision, as they are stored, in place: what is judged is what ships."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.half().float()
 
 
 def renamed(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,9 @@ from scipy import ndimage
 Image = NDArray[np.float32]  # (rows, cols), Hounsfield units
 Mask = NDArray[np.bool_]
 
+#: Of the positive slices that a fit sees, where it sees drawn bleeds at all.
+SHARE = 0.5
+
 _BONE_HU = 90.0
 _FLUID_HU = 18.0
 _BLOOD_HU = (50.0, 88.0)

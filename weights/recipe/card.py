@@ -222,7 +222,9 @@ def _shortcuts(shortcuts: Mapping[str, Any]) -> str:
 def _per_fold(figures: Mapping[str, Any]) -> str:
     rows = [(f"outer {i + 1}", fold) for i, fold in enumerate(figures["per_fold"])]
     rows.append(("all patients (ships)", figures["final"]))
-    return table(
+    losses = figures["final"]["aggregation_log_losses"]
+    ways = "; ".join(f"{how}: {loss:.3f}" for how, loss in losses.items())
+    made = table(
         (
             "patients",
             "candidate",
@@ -239,6 +241,11 @@ def _per_fold(figures: Mapping[str, Any]) -> str:
             )
             for name, x in rows
         ],
+    )
+    return (
+        f"{made}\n\nFrom slices to patient, for what ships: log-loss, cross-fitted over patients, "
+        f"of the best calibration each way allows: {ways}. `ranked` weighs the highest logits by "
+        "learnt weights. noisy_or is only told, never chosen: it grows with the number of slices."
     )
 
 

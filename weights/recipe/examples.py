@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from inference.body import Box
 from weights.recipe.bank import Pictures
@@ -20,6 +22,8 @@ Rows = NDArray[np.int64]
 Split = frozenset[int]
 
 ALL: Split = frozenset()
+
+MAP_SIDE = 80  # cells of a lesion map
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,3 +118,9 @@ def lesion_map(lesions: Sequence[LesionBox], side: int) -> NDArray[np.float32]:
         )
         covered = np.maximum(covered, (down[:, None] * across[None, :]).astype(np.float32))
     return covered
+
+
+def lesion_maps(examples: Examples, rows: Rows) -> Tensor:
+    """(n, side, side), 0..1: finer than any grid, so that they can be moved; 0 where unmarked."""
+    maps = [lesion_map(examples.lesions.get(int(row), ()), MAP_SIDE) for row in rows]
+    return torch.from_numpy(np.stack(maps))

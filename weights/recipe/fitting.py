@@ -6,7 +6,7 @@ some cells inside each marked slice's boxes must. A box is loose round a lesion,
 Slices of positive patients that nobody marked teach by their labels alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 _POSITIVE_SHARE = 1 / 3  # of a batch: one slice in eight is positive
 _OTHER_LABELS = 0.2  # the weight of each label but the first
 _OUTSIDE, _INSIDE = 2.0, 0.5  # the weights of what boxes say, beside the slices' labels
+_TEACHER = 2.0  # the weight of what a teacher says, where there is one
+_SLOW = 0.1
 _INSIDE_CELLS = 4  # of the marked ones, so many must speak
 _COVERED = 0.25  # of a cell, from which it counts as marked
 MARKED = 0.1  # of any cell: less of a box is left in view, and the slice counts as unmarked
@@ -45,6 +47,7 @@ class Batch:
     inputs: Tensor  # (n, ...), whatever the network takes
     labels: Tensor  # (n, labels), 0 or 1; NaN where it is not known
     covered: Tensor  # (n, rows, cols), 0..1: how much of each cell lies in a box
+    heard: Tensor | None = None  # the same, 0..1: what a teacher says; NaN where it says nothing
 
 
 #: Draws a batch of these slices.
@@ -53,17 +56,19 @@ Draw = Callable[[Rows, np.random.Generator], Batch]
 
 def fit(
     loss_of: Callable[[Batch], Tensor],
-    parameters: Iterator[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     draw: Draw,
     truth: NDArray[np.bool_],
     among: Rows,
     schedule: Schedule,
     *,
     seed: int,
+    slow: Iterable[nn.Parameter] = (),
 ) -> float:
     """Fit in place; the mean loss of the last tenth.
 
     truth : (slices,), the first label; among : the slices that may be drawn
+    slow : parameters that knew something before, and learn at a tenth of the rate
 
     Raises
     ------
@@ -74,8 +79,10 @@ def fit(
     if not len(positive) or not len(negative):
         raise ValueError("slices with and without the finding are needed")
     rng, steps = np.random.default_rng(seed), max(schedule.samples // schedule.batch, 1)
-    optimiser = torch.optim.AdamW(parameters, lr=schedule.rate, weight_decay=schedule.decay)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.rate, total_steps=steps + 1)
+    groups = [{"params": list(parameters)}, {"params": list(slow)}]
+    optimiser = torch.optim.AdamW(groups, lr=schedule.rate, weight_decay=schedule.decay)
+    peaks = [schedule.rate, _SLOW * schedule.rate]
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, total_steps=steps + 1)
     n_positive, losses = round(schedule.batch * _POSITIVE_SHARE), []
     for _ in range(steps):
         chosen = (
@@ -98,12 +105,12 @@ def to_own_share(truth: NDArray[np.bool_]) -> float:
     return float(np.log(share / (1 - share)) - np.log(_POSITIVE_SHARE / (1 - _POSITIVE_SHARE)))
 
 
-def evidence_loss(evidence: Tensor, labels: Tensor, covered: Tensor, cells: int) -> Tensor:
+def evidence_loss(evidence: Tensor, batch: Batch, cells: int) -> Tensor:
     """One number.
 
     evidence : shape (n, members, labels, rows, cols)
-    labels : shape (n, labels); covered : shape (n, rows, cols), all 0 where nobody marked
     """
+    labels, covered = batch.labels, batch.covered
     first, is_marked = evidence[:, :, 0], covered.amax(dim=(1, 2)) > MARKED
     loss = _by_labels(strongest(evidence, cells), labels)
     is_known = is_marked | (labels[:, 0] == 0)
@@ -112,6 +119,9 @@ def evidence_loss(evidence: Tensor, labels: Tensor, covered: Tensor, cells: int)
     loss = loss + _OUTSIDE * quiet
     if is_marked.any():
         loss = loss + _INSIDE * _inside(first[is_marked], covered[is_marked])
+    if batch.heard is not None and (is_heard := torch.isfinite(batch.heard)).any():
+        said, heard = first.mean(dim=1)[is_heard], batch.heard[is_heard]
+        loss = loss + _TEACHER * functional.binary_cross_entropy_with_logits(said, heard)
     return loss
 
 

@@ -6,14 +6,16 @@ from typing import get_args
 
 from db.errors import PermanentError
 from inference.manifest import EvidenceSpec
+from weights.recipe.backbone import Backbone, stored_backbone
 from weights.recipe.bank import Bank, Pictures, folder_for
 from weights.recipe.candidates.candidate import Candidate, Mean
-from weights.recipe.candidates.distilled import Distilled
 from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.candidates.linear import Balance, Linear
 from weights.recipe.candidates.sequence import Kind, Sequence
+from weights.recipe.candidates.tuned import Tuned
 from weights.recipe.fitting import Schedule
-from weights.recipe.network import Pooled, feature_maps, stored_backbone
+from weights.recipe.grown import grown_b4
+from weights.recipe.network import Pooled, feature_maps
 
 #: Strides 8, 16 and 32; cells of 16 pixels, about 7 mm of a head, are judged.
 EVIDENCE = EvidenceSpec(stages=(2, 3, 4), grid=3, width=64, members=1, cells=8)
@@ -60,64 +62,81 @@ def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device:
 
     samples : slices drawn for each fit of an evidence head
     """
+    folder = folder_for(pictures.manifest, cache)
 
-    def banks(architecture: str) -> tuple[Bank, Bank]:
-        folder = folder_for(pictures.manifest, cache) / architecture / f"seed-{seed}"
-        pooled = Pooled(stored_backbone(architecture))
-        maps = feature_maps(architecture, EVIDENCE)
+    def banks(backbone: Backbone) -> tuple[Bank, Bank]:
+        at = folder / backbone.architecture / f"seed-{seed}"
         return (
-            Bank(pictures, pooled, folder / "pooled", seed=seed, device=device),
-            Bank(pictures, maps, folder / "maps", seed=seed, device=device),
+            Bank(pictures, Pooled(backbone), at / "pooled", seed=seed, device=device),
+            _maps(pictures, backbone, folder, seed=seed, device=device),
         )
 
-    def evidence(
-        maps: Bank, architecture: str, *, uses_boxes: bool = True, bleeds: int = _BLEEDS
-    ) -> Evidence:
-        schedule = Schedule(samples=samples)
-        return Evidence(
-            maps, architecture, EVIDENCE, _ALTERED, uses_boxes, schedule=schedule, bleeds=bleeds
-        )
-
-    lite0, lite2 = "tf_efficientnet_lite0", "tf_efficientnet_lite2"
+    lite0, lite2 = map(stored_backbone, ("tf_efficientnet_lite0", "tf_efficientnet_lite2"))
     (pooled0, maps0), (pooled2, maps2) = banks(lite0), banks(lite2)
-    cell0, cell2 = evidence(maps0, lite0), evidence(maps2, lite2)
+    cell0 = _evidence(maps0, lite0, samples)
+    # Fewer views: features of Lite2 take twice as long.
+    cell2 = _evidence(maps2, lite2, samples, altered=0, bleeds=1)
+    linear2 = tuple(Linear(pooled2, lite2, c, balance) for c in _CS for balance in _BALANCES)
     return LineUp(
         shipping=(
             *(Linear(pooled0, lite0, c, balance) for c in _CS for balance in _BALANCES),
-            *(Linear(pooled2, lite2, c, balance) for c in _CS for balance in _BALANCES),
+            *linear2,
             cell0,
             cell2,
+            Tuned(cell0),
         ),
         compared=(
-            evidence(maps0, lite0, bleeds=0),  # what drawn bleeds are worth
-            evidence(maps0, lite0, uses_boxes=False, bleeds=0),  # and boxes
-            *(Sequence(pooled0, lite0, kind) for kind in get_args(Kind)),
+            _evidence(maps0, lite0, samples, bleeds=0),  # what drawn bleeds are worth
+            _evidence(maps0, lite0, samples, uses_boxes=False, bleeds=0),  # and boxes
+            *(Sequence(pooled0, lite0.architecture, kind) for kind in get_args(Kind)),
+            Mean((cell0, linear2[0])),
             Mean((cell0, cell2)),
         ),
     )
 
 
 def line_up_b4(
-    pictures: Pictures,
-    teachers: Pictures,
-    cache: Path,
-    *,
-    seed: int,
-    samples: int,
-    lessons: int,
-    device: str,
+    pictures: Pictures, teachers: Pictures, cache: Path, *, seed: int, samples: int, device: str
 ) -> LineUp:
-    """EfficientNet-B4 and nobody beside it; nothing is made yet.
+    """EfficientNet-B4 beside its teacher.
 
     teachers : the pictures at the teacher's size
-    lessons : slices drawn for each fit of the student
     """
-    lite0 = "tf_efficientnet_lite0"
-    folder = folder_for(teachers.manifest, cache) / lite0 / f"seed-{seed}"
-    maps = Bank(teachers, feature_maps(lite0, EVIDENCE), folder / "maps", seed=seed, device=device)
-    teacher = Evidence(
-        maps, lite0, EVIDENCE, _ALTERED, schedule=Schedule(samples=samples), bleeds=_BLEEDS
+    lite0 = stored_backbone("tf_efficientnet_lite0")
+    maps = _maps(teachers, lite0, folder_for(teachers.manifest, cache), seed=seed, device=device)
+    teacher = _evidence(maps, lite0, samples)
+    folder = folder_for(pictures.manifest, cache)
+    b4 = grown_b4(folder / "grown.safetensors", pictures.manifest, lite0)
+    own = _maps(pictures, b4, folder, seed=seed, device=device)
+    return LineUp(
+        shipping=(_evidence(own, b4, samples), _evidence(own, b4, samples, teacher=teacher)),
+        compared=(teacher,),
     )
-    how = Schedule(samples=lessons, batch=32, rate=2e-3, decay=0.02)
-    student = Distilled(pictures, teacher, "efficientnet_b4", EVIDENCE, device, how)
-    return LineUp(shipping=(student,), compared=(teacher,))
+
+
+def _maps(pictures: Pictures, backbone: Backbone, folder: Path, *, seed: int, device: str) -> Bank:
+    """Feature maps for evidence heads."""
+    at = folder / backbone.architecture / f"seed-{seed}" / "maps"
+    return Bank(pictures, feature_maps(backbone, EVIDENCE), at, seed=seed, device=device)
+
+
+def _evidence(
+    maps: Bank,
+    backbone: Backbone,
+    samples: int,
+    *,
+    uses_boxes: bool = True,
+    altered: int = _ALTERED,
+    bleeds: int = _BLEEDS,
+    teacher: Evidence | None = None,
+) -> Evidence:
+    return Evidence(
+        maps,
+        backbone,
+        EVIDENCE,
+        altered,
+        uses_boxes,
+        schedule=Schedule(samples=samples),
+        bleeds=bleeds,
+        teacher=teacher,
+    )

@@ -20,13 +20,12 @@ from weights.recipe.examples import ALL, Examples, Split
 from weights.recipe.figures import auc
 from weights.recipe.fits import Fits
 from weights.recipe.progress import Progress, silent
+from weights.recipe.ranked import cross_fitted, fit_ranked
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
-# No noisy_or: it grows with the number of slices, so a series that overlaps, or is cut thinner,
-# would look sicker than it is.
 AGGREGATIONS = (
     Aggregation(kind="max"),
     Aggregation(kind="topk_mean", k=3),
@@ -34,6 +33,9 @@ AGGREGATIONS = (
     Aggregation(kind="smoothed_max", k=3),
     Aggregation(kind="smoothed_max", k=5),
 )
+#: Told beside them, never chosen: it grows with the number of slices, so a series that overlaps, or
+#: is cut thinner, would look sicker than it is.
+NOISY_OR = Aggregation(kind="noisy_or")
 
 #: What a threshold must keep, of the positives or the negatives it is chosen on.
 HIGH_SENSITIVITY = 0.95
@@ -93,6 +95,7 @@ class Chosen:
     logits: Floats  # (slices,) of the first label, out of the inner folds; NaN of the others
     study_logits: Floats  # one entry for each of `patients`, those logits aggregated
     slice_aucs: Mapping[str, float]  # by family, of its best, out of the inner folds
+    aggregation_log_losses: Mapping[str, float]  # cross-fitted, by kind
 
     @property
     def calibration(self) -> LabelCalibration:
@@ -143,8 +146,14 @@ class Recipe:
         truth = examples.truth[patients]
         groups = [examples.groups[i] for i in patients]
         candidate, smoothing, logits, aucs = self._best(held, groups)
-        aggregation, choice = _best_aggregation(logits, groups, truth, patients, seed=self._seed)
-        study = study_logits(logits, groups, aggregation)
+        ways = _aggregations(logits, groups, truth, seed=self._seed)
+        choices = {
+            how: calibrate.choose(study, truth, patients, seed=self._seed)
+            for how, study in ways.items()
+        }
+        losses = {how: min(choices[how].log_losses.values()) for how in ways}
+        aggregation = min((how for how in ways if how != NOISY_OR), key=lambda how: losses[how])
+        study, choice = ways[aggregation], choices[aggregation]
         return Chosen(
             candidate=candidate,
             fit=self._fits.get(candidate, held),
@@ -156,6 +165,7 @@ class Recipe:
             logits=logits,
             study_logits=study,
             slice_aucs=aucs,
+            aggregation_log_losses={str(how): round(loss, 4) for how, loss in losses.items()},
         )
 
     def out_of_fold(self, progress: Progress = silent) -> OutOfFold:
@@ -256,13 +266,11 @@ def thresholds(probability: Floats, truth: Bools) -> dict[str, float]:
     }
 
 
-def _best_aggregation(
-    logits: Floats, groups: Sequence[Rows], truth: Bools, patients: Rows, *, seed: int
-) -> tuple[Aggregation, calibrate.Choice]:
-    """By the cross-fitted log-loss of the best calibration each one allows."""
-    tried = {
-        how: calibrate.choose(study_logits(logits, groups, how), truth, patients, seed=seed)
-        for how in AGGREGATIONS
-    }
-    best = min(tried, key=lambda how: min(tried[how].log_losses.values()))
-    return best, tried[best]
+def _aggregations(
+    logits: Floats, groups: Sequence[Rows], truth: Bools, *, seed: int
+) -> dict[Aggregation, Floats]:
+    """One logit a patient by every way; by the learnt one as it was fitted without the patient."""
+    made = {how: study_logits(logits, groups, how) for how in (*AGGREGATIONS, NOISY_OR)}
+    studies = [logits[rows] for rows in groups]
+    made[fit_ranked(studies, truth)] = cross_fitted(studies, truth, seed=seed)
+    return made

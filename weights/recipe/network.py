@@ -10,36 +10,18 @@ from torch import Tensor, nn
 
 from inference.evidence import EvidenceNet
 from inference.manifest import EvidenceSpec
-from weights.recipe.backbone import imagenet_backbone
+from weights.recipe.backbone import Backbone
 
 Weights = Mapping[str, NDArray[np.float32]]
-
-
-def stored_backbone(architecture: str) -> nn.Module:
-    """The ImageNet network with its convolutions rounded to half precision, computed in fp32.
-
-    Rounded before features are taken, so that the head is fitted to exactly the weights that ship,
-    and the file is half as long. Features are kept in half precision, too, which the served network
-    does not do: a difference of some thousandths of a logit.
-    """
-    network = imagenet_backbone(architecture)
-    round_convolutions(network)
-    return network
-
-
-def round_convolutions(network: nn.Module) -> None:
-    """To half precision, as they are stored, in place: what is judged is what ships."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.half().float()
 
 
 class Pooled(nn.Module):
     """(n, channels, size, size) -> (n, width): what timm hands to its classifier."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.network = network
+        self.network: nn.Module = timm.create_model(backbone.architecture, pretrained=False)
+        self.network.load_state_dict(backbone.weights)
 
     def forward(self, images: Tensor) -> Tensor:
         network = self.network
@@ -61,32 +43,33 @@ class FeatureMaps(nn.Module):
         return self.network.features(images)
 
 
-def feature_maps(architecture: str, spec: EvidenceSpec) -> FeatureMaps:
+def feature_maps(backbone: Backbone, spec: EvidenceSpec) -> FeatureMaps:
     """The frozen part of a network with an evidence head."""
-    return FeatureMaps(_evidence_net(architecture, spec, labels=1, outputs=1).eval())
+    return FeatureMaps(_evidence_net(backbone, spec, labels=1, outputs=1).eval())
 
 
 def with_classifier(
-    architecture: str,
+    backbone: Backbone,
     weight: NDArray[np.float32],
     bias: NDArray[np.float32],
     mix: NDArray[np.float64],
 ) -> nn.Module:
     """A plain timm network whose classifier gives `mix` of the fitted layer's labels."""
-    network: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=len(mix))
-    values = stored_backbone(architecture).state_dict()
-    values["classifier.weight"] = _tensor(mix @ weight)
-    values["classifier.bias"] = _tensor(mix @ bias)
-    network.load_state_dict(values)
+    network: nn.Module = timm.create_model(
+        backbone.architecture, pretrained=False, num_classes=len(mix)
+    )
+    classifier = {"weight": _tensor(mix @ weight), "bias": _tensor(mix @ bias)}
+    named = {f"classifier.{name}": value for name, value in classifier.items()}
+    network.load_state_dict({**backbone.weights, **named})
     return network.eval().requires_grad_(False)
 
 
 def with_evidence(
-    architecture: str, spec: EvidenceSpec, weights: Weights, mix: NDArray[np.float64]
+    backbone: Backbone, spec: EvidenceSpec, weights: Weights, mix: NDArray[np.float64]
 ) -> EvidenceNet:
     """The frozen backbone under a fitted evidence head."""
     outputs, labels = mix.shape
-    network = _evidence_net(architecture, spec, labels=labels, outputs=outputs)
+    network = _evidence_net(backbone, spec, labels=labels, outputs=outputs)
     network.head.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     with torch.no_grad():
         network.mix.weight.copy_(_tensor(mix))
@@ -102,11 +85,11 @@ def empty_evidence(
 
 
 def _evidence_net(
-    architecture: str, spec: EvidenceSpec, *, labels: int, outputs: int
+    backbone: Backbone, spec: EvidenceSpec, *, labels: int, outputs: int
 ) -> EvidenceNet:
-    network = empty_evidence(architecture, spec, labels=labels, outputs=outputs)
-    stored = stored_backbone(architecture).state_dict()
-    network.backbone.load_state_dict({name: stored[name] for name in network.backbone.state_dict()})
+    network = empty_evidence(backbone.architecture, spec, labels=labels, outputs=outputs)
+    kept = network.backbone.state_dict()  # a network of some stages lacks the rest
+    network.backbone.load_state_dict({name: backbone.weights[name] for name in kept})
     return network
 
 

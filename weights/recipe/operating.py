@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from weights.recipe.figures import predictive_values, share, with_intervals
 
@@ -13,6 +14,17 @@ Rows = NDArray[np.int64]
 
 #: Shares of positive studies at which predictive values are told; a hospital's lies among them.
 PREVALENCES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.10, 0.20)
+
+
+def exact_interval(flags: Bools) -> dict[str, float]:
+    """The 95 % interval of a share of independent studies: `low`, `high`; NaN of none.
+
+    C. Clopper, E. Pearson, The use of confidence or fiducial limits, Biometrika 1934.
+    """
+    if not len(flags):
+        return {"low": float("nan"), "high": float("nan")}
+    found = binomtest(int(flags.sum()), len(flags)).proportion_ci(0.95, "exact")
+    return {"low": round(float(found.low), 4), "high": round(float(found.high), 4)}
 
 
 def operating_point(
@@ -25,8 +37,9 @@ def operating_point(
 ) -> dict[str, Any]:
     """Sensitivity and specificity, and what a call is worth at several prevalences.
 
-    Every interval rests on the same draws of patients: those of PPV and NPV keep whatever
-    sensitivity and specificity have to do with each other.
+    Intervals rest on the same draws of patients: those of PPV and NPV keep whatever sensitivity
+    and specificity have to do with each other. Where each patient is one study, sensitivity and
+    specificity have exact intervals instead: draws say nothing where no study is missed.
 
     Returns
     -------
@@ -45,6 +58,9 @@ def operating_point(
         return made
 
     found = with_intervals(figures, groups, seed=seed)
+    if len(groups) == len(truth):
+        found["sensitivity"] |= exact_interval(present[truth])
+        found["specificity"] |= exact_interval(~present[~truth])
     return {
         "sensitivity": found["sensitivity"],
         "specificity": found["specificity"],

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from inference.bundle import CALIBRATION, load_bundle
+from inference.manifest import Aggregation
 from inference.model import check_reference, load_model
 from weights.recipe import bundle_files
-from weights.recipe.candidates.candidate import Explanation, Servable, servable
+from weights.recipe.candidates.candidate import CAM_WORDS, Explanation, Servable, servable
 from weights.recipe.data import LABELS
 from weights.recipe.nested import Chosen
 from weights.recipe.template import Kind
@@ -61,13 +62,18 @@ def _measured(
             f"specificity = {points[name]['specificity']['value']}\n"
             for name, threshold in thresholds.items()
         ),
-        "aggregation_kind": final.aggregation.kind,
-        "aggregation_k": final.aggregation.k,
+        "aggregation": _aggregation_line(final.aggregation),
         "context": final.smoothing.context,
         "method": how.method,
+        "cam": CAM_WORDS[how.method],
         "layer": how.layer,
         "pointing_game": _pointing_lines(figures["pointing_game"]["all"]),
     }
+
+
+def _aggregation_line(how: Aggregation) -> str:
+    weights = f", weights = {list(how.weights)}" if how.weights else ""
+    return f'{{ kind = "{how.kind}", k = {how.k}{weights} }}'
 
 
 def _evidence_lines(candidate: Servable) -> str:

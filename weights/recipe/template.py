@@ -34,7 +34,7 @@ class Kind:
 
 
 ICH = Kind("ich", 320, "Vigil ICH", "ICH AI", "AI ICH")
-#: The customer's architecture; smaller, since it is fitted from its first layer on.
+#: The customer's architecture; smaller pictures, since all of it is fitted, on a CPU too.
 ICH_B4 = Kind("ich-b4", 224, "Vigil ICH B4", "ICH B4 AI", "AI ICH B4")
 KINDS = {kind.name: kind for kind in (ICH, ICH_B4)}
 
@@ -45,14 +45,14 @@ _UNMEASURED = {
     "pretrained": "none",
     "evidence": "",
     "method": "grad-cam",
+    "cam": "Grad-CAM",
     "layer": "none",
     "weights_sha256": "0" * 64,
     "prevalence": "0.5",
     "threshold": "0.5",
     "active": "none",
     "operating_points": "",
-    "aggregation_kind": "max",
-    "aggregation_k": "1",
+    "aggregation": '{ kind = "max" }',
     "context": "0",
     "stat_at": "0.5",
     "pointing_game": "",

@@ -47,7 +47,6 @@ class Plan:
     repeats: int = 0  # so many times more with the patients parted in other ways
     families: tuple[str, ...] = ()  # only these; empty: all
     samples: int = 12_000  # slices drawn for each fit of an evidence head
-    lessons: int = 60_000  # slices drawn for each fit of a student
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     remedies: bool = True  # what each remedy against another scanner is worth: more fits
 
@@ -122,7 +121,6 @@ def _line_up(
         cache,
         seed=plan.seed,
         samples=plan.samples,
-        lessons=plan.lessons,
         device=device,
     )
 
@@ -207,6 +205,7 @@ def _chosen(chosen: Chosen) -> dict[str, Any]:
         "inner_slice_aucs": chosen.slice_aucs,
         "smoothing": str(chosen.smoothing),
         "aggregation": str(chosen.aggregation),
+        "aggregation_log_losses": chosen.aggregation_log_losses,
         "calibration": calibration,
         "calibration_log_losses": {k: round(v, 4) for k, v in chosen.choice.log_losses.items()},
         "thresholds": {name: round(value, 4) for name, value in chosen.thresholds.items()},

@@ -28,6 +28,15 @@ class Fit:
     log: Mapping[str, float] = field(default_factory=dict)
 
 
+#: As the papers write them.
+CAM_WORDS: Mapping[CamMethod, str] = {
+    "grad-cam": "Grad-CAM",
+    "grad-cam++": "Grad-CAM++",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """A way to make heat maps."""

@@ -14,7 +14,7 @@ from torch import nn
 from inference.heatmap import grad_cam
 from inference.manifest import EvidenceSpec
 from weights.recipe.augment import PLAIN
-from weights.recipe.backbone import imagenet
+from weights.recipe.backbone import Backbone
 from weights.recipe.bank import Bank
 from weights.recipe.candidates.candidate import Candidate, Explanation, Fit, Maps, Rows, Weights
 from weights.recipe.examples import Examples
@@ -31,7 +31,7 @@ class Linear:
     """Logistic regression on a frozen network's pooled features."""
 
     bank: Bank
-    architecture: str
+    backbone: Backbone
     c: float  # the smaller, the stronger the penalty on standardised features
     balance: Balance
 
@@ -42,6 +42,10 @@ class Linear:
     @property
     def family(self) -> str:
         return f"linear {self.architecture}"
+
+    @property
+    def architecture(self) -> str:
+        return self.backbone.architecture
 
     @property
     def needs(self) -> tuple[Candidate, ...]:
@@ -61,7 +65,7 @@ class Linear:
 
     @property
     def pretrained(self) -> str:
-        return f"{imagenet(self.architecture)}; frozen"
+        return f"{self.backbone.origin}; frozen"
 
     @property
     def words(self) -> str:
@@ -89,7 +93,7 @@ class Linear:
         }
 
     def network(self, weights: Weights, mix: NDArray[np.float64]) -> nn.Module:
-        return with_classifier(self.architecture, weights["weight"], weights["bias"], mix)
+        return with_classifier(self.backbone, weights["weight"], weights["bias"], mix)
 
     @property
     def evidence(self) -> EvidenceSpec | None:

@@ -1,42 +1,48 @@
-"""An evidence network whose backbone learns, too: all of it, or its later stages.
+"""An evidence network whose last stages learn, too.
 
-It starts from the fit of the frozen candidate on the same slices, at a low rate, and sees slices
-altered anew each time. On a CPU an hour and more for all splits; on a GPU minutes.
+It starts from the fit of the frozen candidate on the same slices. What comes before stays as it
+is, so the maps that are kept for the head serve here as well: those of the grid's own stage are
+what the last stages take.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from inference.evidence import EvidenceNet
+from inference.evidence import EvidenceNet, stage_channels
 from inference.manifest import EvidenceSpec
-from weights.recipe import augment
-from weights.recipe.augment import View
-from weights.recipe.backbone import imagenet
-from weights.recipe.candidates.candidate import Candidate, Explanation, Fit, Maps, Rows, Weights
-from weights.recipe.candidates.evidence import Evidence, lesion_maps
-from weights.recipe.candidates.whole import Whole
+from weights.recipe.augment import PLAIN
+from weights.recipe.backbone import round_convolutions
+from weights.recipe.candidates.candidate import (
+    Candidate,
+    Explanation,
+    Fit,
+    Maps,
+    Rows,
+    Weights,
+)
+from weights.recipe.candidates.evidence import Evidence, head_logits, head_maps, shift
 from weights.recipe.examples import Examples
-from weights.recipe.fitting import Batch, Schedule, evidence_loss, fit
+from weights.recipe.fitting import Schedule, evidence_loss, fit, to_own_share
+from weights.recipe.network import feature_maps
 from weights.recipe.progress import Progress
 
-_VIEW = View("tuning")
+_HEAD, _LAST = "head.", "last."
+_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tuned:
-    """The backbone's blocks from `first` on, and the head, fitted on."""
+    """All behind the grid's own stage, and the head, fitted on."""
 
     base: Evidence
-    first: int  # block stage, as timm counts them; 0: all but the stem
-    device: str
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(samples=4_000, batch=32, rate=3e-4, decay=0.05)
+        default_factory=lambda: Schedule(samples=6_000, rate=1e-3, decay=0.1)
     )
 
     @property
@@ -46,7 +52,7 @@ class Tuned:
 
     @property
     def family(self) -> str:
-        return f"{self.base.family} tuned from stage {self.first}"
+        return f"{self.base.family} tuned behind stage {self.base.spec.grid}"
 
     @property
     def needs(self) -> tuple[Candidate, ...]:
@@ -62,11 +68,11 @@ class Tuned:
 
     @property
     def pretrained(self) -> str:
-        return f"{imagenet(self.architecture)}; tuned from stage {self.first} on"
+        return f"{self.base.backbone.origin}; tuned behind stage {self.base.spec.grid}"
 
     @property
     def words(self) -> str:
-        how = f"Then the backbone's stages from {self.first} on were fitted with it."
+        how = f"Then the backbone's blocks behind stage {self.base.spec.grid} were fitted with it."
         return f"{self.base.words} {how}"
 
     @property
@@ -74,60 +80,99 @@ class Tuned:
         return self.base.explanations
 
     def prepare(self, progress: Progress) -> None:
-        """Nothing: its base does, and every fit draws its own views."""
+        self.base.prepare(progress)
 
     def fit(self, examples: Examples, rows: Rows, *, seed: int, given: tuple[Fit, ...]) -> Fit:
-        labels, whole = examples.labels.shape[1], self._whole
-        network = whole.placed(self.base.network(given[0].weights, np.eye(labels)))
-        chance = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        spec, shelves = self.base.spec, self.base.shelves(examples, rows)
+        last, head = self._last(), self.base.head(given[0].weights, self.base.dropout)
+        standard, share = shelves.standard(seed), to_own_share(examples.labels[rows, 0])
+        standard.take_out_of(head)
+        shift(head, -share)
         loss = fit(
-            lambda b: evidence_loss(
-                network.head.evidence(network.features(b.inputs)),
-                b.labels,
-                b.covered,
-                self.base.spec.cells,
-            ),
-            _learning(network, self.first),
-            lambda chosen, _: self._batch(examples, chosen, chance),
+            lambda b: evidence_loss(head.evidence(standard(last(b.inputs))), b, spec.cells),
+            head.train().requires_grad_(True).parameters(),
+            shelves.draw,
             examples.labels[:, 0],
             rows,
             self.schedule,
             seed=seed,
+            slow=last.requires_grad_(True).parameters(),
         )
-        weights = whole.kept(network)
-        return Fit(weights, whole.logits(network, rows, examples.labels.shape), {"loss": loss})
+        standard.fold_into(head)
+        shift(head, share)
+        round_convolutions(last)
+        grids = _through(last, self.base.bank.features(PLAIN))
+        weights = {
+            **{_HEAD + name: value.numpy().copy() for name, value in head.state_dict().items()},
+            **{_LAST + name: value.numpy().copy() for name, value in last.state_dict().items()},
+        }
+        return Fit(weights, head_logits(head.eval(), grids), {"loss": loss})
 
     def maps(self, weights: Weights, rows: Rows, how: Explanation) -> Maps:
-        return self._whole.maps(weights, rows, how)
+        last = self._last()
+        last.load_state_dict(_part(weights, _LAST))
+        grids = _through(last, self.base.bank.features(PLAIN)[rows])
+        return head_maps(self.base.head(_arrays(weights, _HEAD)), grids, how)
 
     def untrained(self, weights: Weights, seed: int) -> Weights:
         """The same backbone under a drawn head."""
-        head = {k[5:]: v for k, v in weights.items() if k.startswith("head.")}
-        drawn = self.base.untrained(head, seed)
-        return {**weights, **{f"head.{name}": value for name, value in drawn.items()}}
+        drawn = self.base.untrained(_arrays(weights, _HEAD), seed)
+        return {**weights, **{_HEAD + name: value for name, value in drawn.items()}}
 
     def network(self, weights: Weights, mix: NDArray[np.float64]) -> EvidenceNet:
-        return self._whole.network(weights, mix)
+        made = self.base.network(_arrays(weights, _HEAD), mix)
+        made.backbone.load_state_dict({**made.backbone.state_dict(), **_part(weights, _LAST)})
+        return made
 
-    @property
-    def _whole(self) -> Whole:
-        return Whole(self.base.bank.pictures, self.architecture, self.base.spec, self.device)
-
-    def _batch(self, examples: Examples, rows: Rows, chance: torch.Generator) -> Batch:
-        whole = self._whole
-        images, places = augment.seen(whole.pictures.unit(rows), _VIEW, chance)
-        moved = augment.moved_by(lesion_maps(examples, rows), places)
-        grid = self.base.bank.features(augment.PLAIN).shape[2:]
-        return Batch(
-            whole.inputs(images),
-            torch.from_numpy(examples.labels[rows].astype(np.float32)).to(self.device),
-            functional.adaptive_avg_pool2d(moved, (grid[0], grid[1])).to(self.device),
-        )
+    def _last(self) -> "_Last":
+        """As the backbone has them."""
+        network = feature_maps(self.base.backbone, self.base.spec).network
+        return _Last(network).eval().requires_grad_(False)
 
 
-def _learning(network: EvidenceNet, first: int) -> Iterator[nn.Parameter]:
-    """Batch norms keep ImageNet's statistics: there are too few slices for others."""
-    for stage, block in enumerate(network.backbone.get_submodule("blocks").children()):
-        if stage >= first:
-            yield from block.requires_grad_(True).parameters()
-    yield from network.head.requires_grad_(True).parameters()
+class _Last(nn.Module):
+    """Makes the part of a grid anew that comes from the coarsest stage, by blocks that may learn.
+
+    Their batch norms keep the statistics they have: slices are too few for others.
+    """
+
+    def __init__(self, network: EvidenceNet) -> None:
+        super().__init__()
+        stages: Any = network.backbone  # timm's attribute, which nn.Module does not declare
+        channels, place = stage_channels(stages), network.grid.place
+        if place != len(channels) - 2:
+            raise ValueError("the grid's stage must be the last but one")
+        self.end = 2 * sum(channels[:place]) + channels[place]
+        self.begin = self.end - channels[place]
+        blocks = stages.get_submodule("blocks")
+        modules = stages.feature_info.module_name()[place:]
+        first, behind = (int(name.removeprefix("blocks.")) for name in modules)
+        names = map(str, range(first + 1, behind + 1))
+        self.blocks = nn.ModuleDict({name: blocks.get_submodule(name) for name in names})
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """(n, channels of the grid, rows, cols) -> the same."""
+        coarse = grid[:, self.begin : self.end]
+        for block in self.blocks.values():
+            coarse = block(coarse)
+        size = (grid.shape[2], grid.shape[3])
+        grown = functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+        return torch.cat([grid[:, : self.end], grown], dim=1)
+
+
+@torch.inference_mode()
+def _through(last: _Last, grids: NDArray[np.float16]) -> NDArray[np.float32]:
+    starts = range(0, len(grids), _BATCH)
+    parts = [last(torch.from_numpy(grids[i : i + _BATCH].astype(np.float32))) for i in starts]
+    made: NDArray[np.float32] = torch.cat(parts).numpy()
+    return made
+
+
+def _arrays(weights: Weights, prefix: str) -> dict[str, NDArray[np.float32]]:
+    """Those of a part, under their own names."""
+    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+
+
+def _part(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in _arrays(weights, prefix).items()}
