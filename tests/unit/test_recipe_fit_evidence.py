@@ -260,12 +260,11 @@ def test_a_taught_head_follows_its_teacher_into_the_mirror(learnt):
     said = teacher.fit(examples, rows, seed=0, given=())
     unmarked = replace(examples, lesions={})
     student = replace(teacher, teacher=teacher)
-    untaught = replace(teacher, uses_boxes=False)
     unseen = np.setdiff1d(np.arange(len(examples.labels)), rows)
     wanted = teacher.says(said.weights)[unseen].flatten()
 
     made = student.fit(unmarked, rows, seed=0, given=(said,))
-    alone = untaught.fit(unmarked, rows, seed=0, given=())
+    alone = teacher.fit(unmarked, rows, seed=0, given=())
 
     def likeness(fit):
         return np.corrcoef(student.says(fit.weights)[unseen].flatten(), wanted)[0, 1]

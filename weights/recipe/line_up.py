@@ -87,7 +87,6 @@ def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device:
         ),
         compared=(
             _evidence(maps0, lite0, samples, bleeds=0),  # what drawn bleeds are worth
-            _evidence(maps0, lite0, samples, uses_boxes=False, bleeds=0),  # and boxes
             *(Sequence(pooled0, lite0.architecture, kind) for kind in get_args(Kind)),
             Mean((cell0, linear2[0])),
             Mean((cell0, cell2)),
@@ -125,7 +124,6 @@ def _evidence(
     backbone: Backbone,
     samples: int,
     *,
-    uses_boxes: bool = True,
     altered: int = _ALTERED,
     bleeds: int = _BLEEDS,
     teacher: Evidence | None = None,
@@ -135,7 +133,6 @@ def _evidence(
         backbone,
         EVIDENCE,
         altered,
-        uses_boxes,
         schedule=Schedule(samples=samples),
         bleeds=bleeds,
         teacher=teacher,

@@ -55,7 +55,6 @@ class Evidence:
     backbone: Backbone
     spec: EvidenceSpec
     altered: int  # altered views beside the plain and the mirrored one
-    uses_boxes: bool = True
     dropout: float = 0.3
     schedule: Schedule = field(default_factory=lambda: Schedule(samples=12_000))
     grey: int = 0  # views of which only the grey is altered
@@ -78,7 +77,6 @@ class Evidence:
     @property
     def family(self) -> str:
         how = " with drawn bleeds" if self.bleeds else ""
-        how += "" if self.uses_boxes else " without boxes"
         how += f" taught by {self.teacher.architecture}" if self.teacher else ""
         return f"evidence {self.architecture}{how}"
 
@@ -162,7 +160,6 @@ class Evidence:
             rows,
             self._views,
             augment.views_with_bleeds(self.bleeds),
-            uses_boxes=self.uses_boxes,
             heard=heard,
         )
 

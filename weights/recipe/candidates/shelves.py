@@ -42,7 +42,6 @@ class Shelves:
         views: Sequence[View],
         bleeds: Sequence[View] = (),
         *,
-        uses_boxes: bool = True,
         heard: Tensor | None = None,
     ) -> None:
         """Read what is kept.
@@ -54,7 +53,7 @@ class Shelves:
         self._bank = bank
         self._examples = examples
         self._among = among
-        self._views = [self._view(view, uses_boxes, heard) for view in views]
+        self._views = [self._view(view, heard) for view in views]
         drawn = [self._with_bleeds(view) for view in bleeds]
         self._drawn = [shelf for shelf in drawn if len(shelf.rows)]  # where a skull closes at all
 
@@ -92,12 +91,12 @@ class Shelves:
             labels[0] = 1.0
         return shelf.maps[row], shelf.covered[row], shelf.heard[row], labels
 
-    def _view(self, view: View, uses_boxes: bool, heard: Tensor | None) -> _Shelf:
+    def _view(self, view: View, heard: Tensor | None) -> _Shelf:
         """A view with what boxes and, if there is one, the teacher say of it."""
         maps, examples = self._bank.features(view), self._examples
         shape = (maps.shape[2], maps.shape[3])
         covered = torch.zeros(len(examples.labels), *shape)
-        marked = np.array(sorted(examples.lesions) if uses_boxes else [], np.int64)
+        marked = np.array(sorted(examples.lesions), np.int64)
         if len(marked):
             places = torch.from_numpy(self._bank.places(view)[marked])
             moved = augment.moved_by(lesion_maps(examples, marked), places)
