@@ -66,14 +66,14 @@ def test_the_same_seed_draws_the_same_view_and_another_another():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000))
-def test_a_lesion_map_follows_the_altered_head(seed):
+@given(st.integers(0, 10_000), st.sampled_from(["altered-0", "copied-0"]))
+def test_a_lesion_map_follows_the_altered_head(seed, name):
     """A bright block is where the moved box says, wherever chance put it."""
     images = torch.full((1, 64, 64), 0.3)
     images[:, 20:28, 34:44] = 1.0
     box = torch.zeros(1, 64, 64)
     box[:, 20:28, 34:44] = 1.0
-    view = View("altered-0")
+    view = View(name)
 
     seen, places = augment.seen(images, view, view.generator(seed))
 
@@ -83,12 +83,23 @@ def test_a_lesion_map_follows_the_altered_head(seed):
     assert float(seen[inside].mean()) > float(seen[~inside].mean()) + 0.2
 
 
-def test_air_stays_air():
+@pytest.mark.parametrize("name", ["altered-0", "copied-0"])
+def test_air_stays_air(name):
     images = torch.zeros(5, 32, 32)
 
-    seen, _ = augment.seen(images, View("altered-0"), View("altered-0").generator(3))
+    seen, _ = augment.seen(images, View(name), View(name).generator(3))
 
     assert float(seen.max()) == 0
+
+
+def test_a_copied_view_has_lost_its_fine_grain():
+    images = 0.4 + 0.4 * torch.rand(8, 320, 320)
+
+    def grain(name):
+        seen, _ = augment.seen(images, View(name), View(name).generator(0))
+        return float((seen[:, 1:] - seen[:, :-1])[:, 80:240, 80:240].abs().mean())
+
+    assert grain("copied-0") < 0.6 * grain("plain")
 
 
 def test_cells_outside_a_box_must_be_quiet_and_some_inside_must_speak():

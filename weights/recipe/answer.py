@@ -23,7 +23,8 @@ def answers_to_bleeds(fits: Fits, candidates: Sequence[Candidate]) -> dict[str, 
     """By family of those that judge cells: slices, AUC, and how many rise above their own self."""
     made = {}
     for candidate in candidates:
-        if isinstance(candidate, Evidence):
+        # Without altered views there are no slices to compare with.
+        if isinstance(candidate, Evidence) and candidate.altered:
             drawn, plain = _pairs(fits, candidate)
             truth = np.arange(2 * len(drawn)) < len(drawn)
             made[candidate.family] = {

@@ -73,7 +73,7 @@ def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device:
 
     lite0, lite2 = map(stored_backbone, ("tf_efficientnet_lite0", "tf_efficientnet_lite2"))
     (pooled0, maps0), (pooled2, maps2) = banks(lite0), banks(lite2)
-    cell0 = _evidence(maps0, lite0, samples)
+    cell0 = _evidence(maps0, lite0, samples, copied=1)
     # Fewer views: features of Lite2 take twice as long.
     cell2 = _evidence(maps2, lite2, samples, altered=0, bleeds=1)
     linear2 = tuple(Linear(pooled2, lite2, c, balance) for c in _CS for balance in _BALANCES)
@@ -86,7 +86,7 @@ def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device:
             Tuned(cell0),
         ),
         compared=(
-            _evidence(maps0, lite0, samples, bleeds=0),  # what drawn bleeds are worth
+            _evidence(maps0, lite0, samples, bleeds=0, copied=1),  # what drawn bleeds are worth
             *(Sequence(pooled0, lite0.architecture, kind) for kind in get_args(Kind)),
             Mean((cell0, linear2[0])),
             Mean((cell0, cell2)),
@@ -126,6 +126,7 @@ def _evidence(
     *,
     altered: int = _ALTERED,
     bleeds: int = _BLEEDS,
+    copied: int = 0,
     teacher: Evidence | None = None,
 ) -> Evidence:
     return Evidence(
@@ -135,5 +136,6 @@ def _evidence(
         altered,
         schedule=Schedule(samples=samples),
         bleeds=bleeds,
+        copied=copied,
         teacher=teacher,
     )

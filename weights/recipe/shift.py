@@ -25,6 +25,7 @@ from inference.window import as_channels, cropped
 from weights.recipe.calibrate import apply
 from weights.recipe.candidates.candidate import Candidate, servable
 from weights.recipe.candidates.evidence import Evidence
+from weights.recipe.candidates.tuned import Tuned
 from weights.recipe.data import PICTURE_RANGE_HU, Cohort
 from weights.recipe.examples import Split
 from weights.recipe.figures import auc
@@ -88,9 +89,12 @@ def _remedies(chosen: Sequence[Chosen], usual_noise: float, manifest: Manifest) 
         Way("blurred to the usual noise", remedy=lambda v: quieted(v, usual_noise, manifest)),
     ]
     first = chosen[0].candidate
+    if isinstance(first, Tuned):
+        first = first.base
     if isinstance(first, Evidence):
-        grey = replace(first, altered=0, grey=1)
-        ways.append(Way("fitted without altered views", candidate=replace(first, altered=0)))
+        plain = replace(first, altered=0, copied=0)
+        grey = replace(plain, grey=1)
+        ways.append(Way("fitted without altered views", candidate=plain))
         ways.append(Way("fitted with views of other grey alone", candidate=grey))
         if first.bleeds:
             ways.append(Way("fitted without drawn bleeds", candidate=replace(first, bleeds=0)))

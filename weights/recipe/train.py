@@ -142,6 +142,13 @@ def _judged(
         "network": servable(final.candidate).words,
         "pretrained": servable(final.candidate).pretrained,
         "data": _counts(examples),
+        "plan": {
+            "folds": plan.folds,
+            "repeats": plan.repeats,
+            "families": plan.families,
+            "samples": plan.samples,
+            "remedies": plan.remedies,
+        },
         "seed": plan.seed,
         "outer_folds": len(found.chosen),
         "headline": judge.headline(),

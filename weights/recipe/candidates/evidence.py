@@ -59,6 +59,7 @@ class Evidence:
     schedule: Schedule = field(default_factory=lambda: Schedule(samples=12_000))
     grey: int = 0  # views of which only the grey is altered
     bleeds: int = 0  # views with bleeds drawn into slices that have none
+    copied: int = 0  # views like pictures of pictures
     teacher: "Evidence | None" = None  # whose fit on the same slices says what cells should say
 
     @property
@@ -68,6 +69,7 @@ class Evidence:
             f"a={self.altered} d={self.dropout:g} n={self.schedule.samples}"
             + (f" g={self.grey}" if self.grey else "")
             + (f" b={self.bleeds}" if self.bleeds else "")
+            + (f" c={self.copied}" if self.copied else "")
         )
 
     @property
@@ -150,7 +152,7 @@ class Evidence:
 
     @property
     def _views(self) -> tuple[augment.View, ...]:
-        return augment.views(self.altered, self.grey)
+        return augment.views(self.altered, self.grey, self.copied)
 
     def shelves(self, examples: Examples, rows: Rows, heard: Tensor | None = None) -> Shelves:
         """What a fit to these slices draws from."""
