@@ -220,3 +220,13 @@ def test_a_bundle_of_shown_grey_cannot_be_judged_on_pictures(folder, tmp_path_fa
 
     with pytest.raises(WrongBundle, match="use --dicom"):
         from_cohort(read_cohort(folder), chest.manifest)
+
+
+def test_another_picture_under_the_same_name_is_another_cohort(tmp_path):
+    folder = cohort_folder(tmp_path)
+    before = read_cohort(folder).digest()
+    assert read_cohort(folder).digest() == before
+
+    Image.fromarray(np.full((72, 72), 7, np.uint8)).save(folder / "3-1.png")
+
+    assert read_cohort(folder).digest() != before

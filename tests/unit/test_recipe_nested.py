@@ -122,11 +122,12 @@ def test_what_changes_the_input_gets_a_cache_of_its_own_and_what_refuses_does_no
     windows = replace(manifest.input, windows=manifest.input.windows[::-1])
     stricter = replace(manifest, pixels=replace(manifest.pixels, gates=()))
 
-    folder = folder_for(manifest, tmp_path)
+    folder = folder_for(manifest, "these", tmp_path)
 
-    assert folder_for(smaller, tmp_path) != folder
-    assert folder_for(replace(manifest, input=windows), tmp_path) != folder
-    assert folder_for(stricter, tmp_path) == folder
+    assert folder_for(smaller, "these", tmp_path) != folder
+    assert folder_for(replace(manifest, input=windows), "these", tmp_path) != folder
+    assert folder_for(manifest, "others", tmp_path) != folder
+    assert folder_for(stricter, "these", tmp_path) == folder
 
 
 def test_other_labels_or_folds_are_other_fits(tmp_path):

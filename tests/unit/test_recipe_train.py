@@ -1,12 +1,14 @@
 """The commands' functions from end to end, on drawn heads in the layout of ct-ich."""
 
 import csv
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from db.spool import FolderLock, SpoolBusy
 from inference.bundle import load_bundle
 from inference.model import check_reference, load_model
 from tests.builders import real_size_study
@@ -144,6 +146,14 @@ def test_training_again_from_the_kept_features_gives_the_same_bytes(trained, dat
     train(data, out, plan=PLAN)
 
     assert {name: (out / name).read_bytes() for name in names} == before
+
+
+def test_two_runs_never_share_a_folder(data, tmp_path):
+    with (
+        closing(FolderLock(tmp_path / "cache", ".lock")),
+        pytest.raises(SpoolBusy, match="cache is held by another process"),
+    ):
+        train(data, tmp_path, plan=PLAN)
 
 
 def test_evaluate_counts_patients_and_knows_the_bundle(trained, data):

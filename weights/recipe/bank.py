@@ -41,6 +41,7 @@ class Pictures:
     boxes: tuple[Box, ...]  # one a patient: the square that was cut out, in pixels of the picture
     shapes: tuple[tuple[int, int], ...]  # one a patient: rows, columns of its pictures
     manifest: Manifest
+    folder: Path  # where all is kept that is made of them
 
     def unit(self, rows: NDArray[np.int64]) -> Tensor:
         """(n, size, size), 0..1 of the value range."""
@@ -58,7 +59,7 @@ def read_pictures(
     cohort: Cohort, manifest: Manifest, cache: Path, progress: Progress = silent
 ) -> Pictures:
     """Cut every patient's head out of its pictures; kept in `cache`."""
-    folder = folder_for(manifest, cache)
+    folder = folder_for(manifest, cohort.digest(), cache)
     folder.mkdir(parents=True, exist_ok=True)
     places: list[tuple[float, ...]] = []
 
@@ -82,16 +83,19 @@ def read_pictures(
         tuple(Box(*map(float, line[:4])) for line in kept),
         tuple((int(line[4]), int(line[5])) for line in kept),
         manifest,
+        folder,
     )
 
 
-def folder_for(manifest: Manifest, cache: Path) -> Path:
-    """Where all goes that is made of pictures cut and shown to a network in just this way.
+def folder_for(manifest: Manifest, pictures: str, cache: Path) -> Path:
+    """Where all goes that is made of these pictures, cut and shown to a network in just this way.
 
     What refuses a study changes no picture, so it is no part of the name.
+
+    pictures : a digest of them
     """
     above = manifest.pixels.body.above if manifest.pixels.body else None
-    text = repr((manifest.pixels.value_range, above, manifest.input))
+    text = repr((manifest.pixels.value_range, above, manifest.input, pictures))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return cache / f"{manifest.input.size}px-{digest}"
 

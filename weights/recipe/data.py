@@ -1,5 +1,6 @@
 """The training slices, patient by patient: `ct-ich` as its own README describes it."""
 
+import hashlib
 import math
 import os.path
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,13 @@ class Cohort:
         """Each patient and the rows of its slices."""
         for patient in self.patient_ids:
             yield int(patient), np.flatnonzero(self.patients == patient)
+
+    def digest(self) -> str:
+        """Of what the pictures hold, in order: others are not what was kept."""
+        made = hashlib.sha256()
+        for picture in self.pictures:
+            made.update(hashlib.sha256(picture.read_bytes()).digest())
+        return made.hexdigest()
 
     def grey(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(slices, rows, cols), 0..255.

@@ -39,6 +39,9 @@ class Schedule:
     rate: float = 2e-3  # the peak of a one-cycle learning rate
     decay: float = 0.05  # AdamW's weight decay
 
+    def __str__(self) -> str:
+        return f"n={self.samples} batch={self.batch} rate={self.rate:g} decay={self.decay:g}"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:

@@ -7,7 +7,7 @@ from typing import get_args
 from db.errors import PermanentError
 from inference.manifest import EvidenceSpec
 from weights.recipe.backbone import Backbone, stored_backbone
-from weights.recipe.bank import Bank, Pictures, folder_for
+from weights.recipe.bank import Bank, Pictures
 from weights.recipe.candidates.candidate import Candidate, Mean
 from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.candidates.linear import Balance, Linear
@@ -57,18 +57,17 @@ class LineUp:
         return LineUp(shipping, tuple(one for one in self.compared if one.family in families))
 
 
-def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device: str) -> LineUp:
+def line_up(pictures: Pictures, *, seed: int, samples: int, device: str) -> LineUp:
     """All candidates for `ich`; nothing is made yet.
 
     samples : slices drawn for each fit of an evidence head
     """
-    folder = folder_for(pictures.manifest, cache)
 
     def banks(backbone: Backbone) -> tuple[Bank, Bank]:
-        at = folder / backbone.architecture / f"seed-{seed}"
+        at = _folder(pictures, backbone, seed) / "pooled"
         return (
-            Bank(pictures, Pooled(backbone), at / "pooled", seed=seed, device=device),
-            _maps(pictures, backbone, folder, seed=seed, device=device),
+            Bank(pictures, Pooled(backbone), at, seed=seed, device=device),
+            _maps(pictures, backbone, seed=seed, device=device),
         )
 
     lite0, lite2 = map(stored_backbone, ("tf_efficientnet_lite0", "tf_efficientnet_lite2"))
@@ -95,28 +94,32 @@ def line_up(pictures: Pictures, cache: Path, *, seed: int, samples: int, device:
 
 
 def line_up_b4(
-    pictures: Pictures, teachers: Pictures, cache: Path, *, seed: int, samples: int, device: str
+    pictures: Pictures, teachers: Pictures, *, seed: int, samples: int, device: str
 ) -> LineUp:
     """EfficientNet-B4 beside its teacher.
 
     teachers : the pictures at the teacher's size
     """
     lite0 = stored_backbone("tf_efficientnet_lite0")
-    maps = _maps(teachers, lite0, folder_for(teachers.manifest, cache), seed=seed, device=device)
+    maps = _maps(teachers, lite0, seed=seed, device=device)
     teacher = _evidence(maps, lite0, samples)
-    folder = folder_for(pictures.manifest, cache)
-    b4 = grown_b4(folder / "grown.safetensors", pictures.manifest, lite0)
-    own = _maps(pictures, b4, folder, seed=seed, device=device)
+    b4 = grown_b4(pictures.folder / "grown.safetensors", pictures.manifest, lite0)
+    own = _maps(pictures, b4, seed=seed, device=device)
     return LineUp(
         shipping=(_evidence(own, b4, samples), _evidence(own, b4, samples, teacher=teacher)),
         compared=(teacher,),
     )
 
 
-def _maps(pictures: Pictures, backbone: Backbone, folder: Path, *, seed: int, device: str) -> Bank:
+def _maps(pictures: Pictures, backbone: Backbone, *, seed: int, device: str) -> Bank:
     """Feature maps for evidence heads."""
-    at = folder / backbone.architecture / f"seed-{seed}" / "maps"
+    name = f"maps-{'-'.join(map(str, EVIDENCE.stages))}-on-{EVIDENCE.grid}"
+    at = _folder(pictures, backbone, seed) / name
     return Bank(pictures, feature_maps(backbone, EVIDENCE), at, seed=seed, device=device)
+
+
+def _folder(pictures: Pictures, backbone: Backbone, seed: int) -> Path:
+    return pictures.folder / backbone.architecture / f"seed-{seed}"
 
 
 def _evidence(

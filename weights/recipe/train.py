@@ -1,6 +1,7 @@
 """From labelled slices to a bundle that can serve: the whole recipe, in one function."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from db.result import Urgency
+from db.spool import FolderLock
 from inference.bundle import Bundle, load_bundle
 from inference.model import exact_floats, load_model
 from inference.predict import aggregate
 from inference.serving import pick_device
 from weights.recipe.answer import answers_to_bleeds
-from weights.recipe.bank import Pictures, folder_for, read_pictures
+from weights.recipe.bank import Pictures, read_pictures
 from weights.recipe.calibrate import apply
 from weights.recipe.candidates.candidate import Explanation, servable
 from weights.recipe.card import write_card
@@ -32,6 +34,9 @@ from weights.recipe.series import NotJudged, series_logits
 from weights.recipe.shift import scanner_shift
 from weights.recipe.ship import ACTIVE, VERSION, ship
 from weights.recipe.template import ICH, Kind, draft
+
+#: Of a plan, in the figures.
+_TOLD = ("folds", "repeats", "families", "samples", "remedies")
 
 #: A further head CT beside the training set: scored as a check of the whole path, if it is there.
 _EXTERNAL = "head-ct-ge"
@@ -62,9 +67,18 @@ def train(
     threads share the work.
 
     data : the folder of `ct-ich`: manifest.csv, boxes.csv, brain/
+
+    Raises
+    ------
+    SpoolBusy
+        If another run works in `out`.
     """
-    plan = plan or Plan()
     exact_floats()
+    with closing(FolderLock(out / "cache", ".lock")):
+        return _train(data, out, plan or Plan(), progress)
+
+
+def _train(data: Path, out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
     cohort, boxes = read_cohort(data), read_boxes(data)
     (out / "report").mkdir(parents=True, exist_ok=True)
     cache = out / "cache"
@@ -74,7 +88,7 @@ def train(
     def recipe_of(seed: int) -> Recipe:
         examples = Examples.of(cohort, pictures, boxes, folds=plan.folds, seed=seed)
         # Beside the features they rest on: another window, or other draws of views, is another fit.
-        folder = folder_for(pictures.manifest, cache) / f"fits-of-features-{plan.seed}"
+        folder = pictures.folder / f"fits-of-features-{plan.seed}"
         fits = Fits(folder, examples, seed=seed)
         fits.make(candidates.shipping, examples.splits(), progress)
         return Recipe(fits, candidates.shipping, seed=seed)
@@ -92,15 +106,10 @@ def train(
         for seed in range(plan.seed + 1, plan.seed + 1 + plan.repeats)
     ]
     ship(out, plan.kind, final, how, figures)
-    negatives = final.study_logits[~recipe.examples.truth]
-    figures["external"] = _external(out, data.parent / _EXTERNAL, negatives)
+    elsewhere, negatives = data.parent / _EXTERNAL, final.study_logits[~recipe.examples.truth]
+    figures["external"] = _external(out, elsewhere, negatives)
     figures["shift"] = scanner_shift(
-        cohort,
-        recipe,
-        data.parent / _EXTERNAL,
-        pictures.manifest,
-        remedies=plan.remedies,
-        progress=progress,
+        cohort, recipe, elsewhere, pictures.manifest, remedies=plan.remedies, progress=progress
     )
     bundle = load_bundle(out)
     figures["drawn"] = drawn_heads(bundle, load_model(bundle), out / "report", seed=plan.seed)
@@ -114,11 +123,10 @@ def _line_up(
 ) -> LineUp:
     device = str(pick_device(plan.device))
     if plan.kind is ICH:
-        return line_up(pictures, cache, seed=plan.seed, samples=plan.samples, device=device)
+        return line_up(pictures, seed=plan.seed, samples=plan.samples, device=device)
     return line_up_b4(
         pictures,
         read_pictures(cohort, draft(ICH), cache, progress),
-        cache,
         seed=plan.seed,
         samples=plan.samples,
         device=device,
@@ -142,13 +150,7 @@ def _judged(
         "network": servable(final.candidate).words,
         "pretrained": servable(final.candidate).pretrained,
         "data": _counts(examples),
-        "plan": {
-            "folds": plan.folds,
-            "repeats": plan.repeats,
-            "families": plan.families,
-            "samples": plan.samples,
-            "remedies": plan.remedies,
-        },
+        "plan": {name: getattr(plan, name) for name in _TOLD},
         "seed": plan.seed,
         "outer_folds": len(found.chosen),
         "headline": judge.headline(),
@@ -162,12 +164,7 @@ def _judged(
         "subtypes": judge.by_subtype(ACTIVE),
         "shortcuts": judge.shortcuts(),
         "per_fold": [_chosen(chosen) for chosen in found.chosen],
-        "final": {
-            **_chosen(final),
-            "explanation": str(how),
-            "at_own_thresholds": _at_own_thresholds(examples, final),
-            **_refit(examples, final),
-        },
+        "final": _final(examples, final, how),
         "pointing_game": pointing_game(
             recipe.fits, alone, pictures, active=ACTIVE, seed=plan.seed, progress=progress
         ),
@@ -177,6 +174,16 @@ def _judged(
         },
     }
     return figures, final, how
+
+
+def _final(examples: Examples, final: Chosen, how: Explanation) -> dict[str, Any]:
+    """What ships."""
+    return {
+        **_chosen(final),
+        "explanation": str(how),
+        "at_own_thresholds": _at_own_thresholds(examples, final),
+        **_refit(examples, final),
+    }
 
 
 def _counts(examples: Examples) -> dict[str, Any]:

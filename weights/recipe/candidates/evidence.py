@@ -66,7 +66,8 @@ class Evidence:
     def name(self) -> str:
         return (
             f"{self.family} w={self.spec.width} m={self.spec.members} k={self.spec.cells} "
-            f"a={self.altered} d={self.dropout:g} n={self.schedule.samples}"
+            f"stages={self.spec.stages} grid={self.spec.grid} "
+            f"a={self.altered} d={self.dropout:g} {self.schedule}"
             + (f" g={self.grey}" if self.grey else "")
             + (f" b={self.bleeds}" if self.bleeds else "")
             + (f" c={self.copied}" if self.copied else "")

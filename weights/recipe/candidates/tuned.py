@@ -47,8 +47,7 @@ class Tuned:
 
     @property
     def name(self) -> str:
-        how = self.schedule
-        return f"{self.family} n={how.samples} rate={how.rate:g} from {self.base.name}"
+        return f"{self.family} {self.schedule} from {self.base.name}"
 
     @property
     def family(self) -> str:
