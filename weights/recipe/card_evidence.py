@@ -35,9 +35,9 @@ def pointing(game: Mapping[str, Any]) -> str:
         "energy, detected",
     )
     words = (
-        f"Boxes cover {100 * game['box_share_of_head']:.0f} % of the head: a blind guess. By peaks "
-        f"over all marked slices the model {'beats' if beats else 'does not beat'} both controls: "
-        f"regions are {'drawn' if beats else 'not drawn'} in reports. Method and layer chosen for "
+        f"Boxes cover {100 * game['box_share']:.0f} % of the inside of the skull: a blind guess. By "
+        f"peaks over all marked slices the model {'beats' if beats else 'does not beat'} both "
+        f"controls: regions are {'drawn' if beats else 'not drawn'} in reports. Method and layer chosen for "
         f"each fold: {'; '.join(game['explanations_by_fold'])}."
     )
     return f"{table(head, rows)}\n\n{words}"

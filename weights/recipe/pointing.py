@@ -99,7 +99,7 @@ def pointing_game(
     points: dict[str, list[tuple[int, Pointing]]] = {
         name: [] for name in ("model", "untrained", "brightest")
     }
-    chance: list[float] = []
+    blind: list[tuple[int, Pointing]] = []
     explanations = []
     for fold, chosen in enumerate(found.chosen):
         progress("pointing game", fold, len(found.chosen))
@@ -116,14 +116,14 @@ def pointing_game(
         images = [pictures.images[row] for row in rows]
         bright = np.stack([_bright(image) for image in images])
         points["brightest"] += _points(examples, rows, bright, bright.shape[1])
-        lesions = [examples.lesions[int(row)] for row in rows]
-        chance += [_area(image, boxes) for image, boxes in zip(images, lesions, strict=True)]
+        evenly = np.stack([_inside(image) for image in images]).astype(np.float32)
+        blind += _points(examples, rows, evenly, evenly.shape[1])
     progress("pointing game", len(found.chosen), len(found.chosen))
     detected = {i for i in range(len(examples.folds)) if found.present[active][i]}
     parts = {"all": set(patient_of.tolist()), "detected": detected}
     return {
         "explanations_by_fold": explanations,
-        "box_share_of_head": round(float(np.mean(chance)), 4) if chance else None,
+        "box_share": round(_patient_mean(blind, "energy"), 4) if blind else None,
         **{part: _summary(points, among, seed) for part, among in parts.items()},
     }
 
@@ -178,13 +178,13 @@ def _mean(values: Floats, seed: int) -> dict[str, float] | None:
 def _bright(image: Maps) -> Maps:
     """The brightness inside the skull, after a little smoothing; 0 elsewhere. (rows, cols), HU."""
     smooth = ndimage.gaussian_filter(image, _SMOOTH_PIXELS)
-    inside = ndimage.binary_erosion(body_mask(image, 0.0), iterations=6) & ~ndimage.binary_dilation(
-        image > _BONE_HU, iterations=3
-    )
-    made: Maps = np.where(inside, np.maximum(smooth, 0), 0).astype(np.float32)
+    made: Maps = np.where(_inside(image), np.maximum(smooth, 0), 0).astype(np.float32)
     return made
 
 
-def _area(image: Maps, lesions: Sequence[LesionBox]) -> float:
-    """The share of the head that its boxes cover: what a blind guess would hit."""
-    return Pointing.of(body_mask(image, 0.0).astype(np.float32), lesions).energy
+def _inside(image: Maps) -> NDArray[np.bool_]:
+    """What of the head is neither its rim nor bone."""
+    made: NDArray[np.bool_] = ndimage.binary_erosion(
+        body_mask(image, 0.0), iterations=6
+    ) & ~ndimage.binary_dilation(image > _BONE_HU, iterations=3)
+    return made
