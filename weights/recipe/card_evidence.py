@@ -35,10 +35,11 @@ def pointing(game: Mapping[str, Any]) -> str:
         "energy, detected",
     )
     words = (
-        f"Boxes cover {100 * game['box_share']:.0f} % of the inside of the skull: a blind guess. By "
-        f"peaks over all marked slices the model {'beats' if beats else 'does not beat'} both "
-        f"controls: regions are {'drawn' if beats else 'not drawn'} in reports. Method and layer chosen for "
-        f"each fold: {'; '.join(game['explanations_by_fold'])}."
+        f"Boxes cover {100 * game['box_share']:.0f} % of the inside of the skull: a blind guess. "
+        "By peaks over all marked slices the model "
+        f"{'beats' if beats else 'does not beat'} both controls: regions are "
+        f"{'drawn' if beats else 'not drawn'} in reports. Method and layer chosen for each fold: "
+        f"{'; '.join(game['explanations_by_fold'])}."
     )
     return f"{table(head, rows)}\n\n{words}"
 
