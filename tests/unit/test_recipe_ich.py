@@ -1,7 +1,9 @@
-"""The shipped bundle, as the node loads it, and on the heads it was made from."""
+"""The shipped bundles, as the node loads them, and on the heads they were made from."""
 
 import csv
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ from weights.recipe import template
 from weights.recipe.card import write_card
 from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_boxes, read_cohort
 from weights.recipe.series import series_logits
+from weights.recipe.template import KINDS
 
 ROOT = Path(__file__).parents[2]
-BUNDLE = ROOT / "weights" / "ich"
+WEIGHTS = ROOT / "weights"
 DATA = Path(os.environ.get("VIGIL_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 needs_data = pytest.mark.skipif(
@@ -28,9 +31,9 @@ needs_data = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def bundle():
-    return load_bundle(BUNDLE)
+@pytest.fixture(scope="module", params=list(KINDS))
+def bundle(request):
+    return load_bundle(WEIGHTS / request.param)
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +66,35 @@ def test_only_any_is_validated_and_no_subtype_has_a_threshold(bundle):
 
 
 def test_the_bundle_was_made_from_the_committed_manifest(bundle):
-    draft = template.draft()
+    draft, word = template.draft(KINDS[bundle.name]), bundle.manifest.output.map_word
 
-    for part in ("applies", "selection", "pixels", "input", "output"):
+    for part in ("applies", "selection", "pixels", "input"):
         assert getattr(bundle.manifest, part) == getattr(draft, part)
+    said = {name: value for name, value in asdict(draft.output).items() if name != "procedure"}
+    for name, value in said.items():
+        measured = value.replace("Grad-CAM", word) if isinstance(value, str) else value
+        assert getattr(bundle.manifest.output, name) == measured
+
+
+def test_a_bundle_is_called_after_the_network_it_is(bundle):
+    """Never a Lite network under B4's name."""
+    wanted = {"ich": "tf_efficientnet_lite0", "ich-b4": "efficientnet_b4"}[bundle.name]
+
+    assert bundle.manifest.architecture == wanted
+    assert wanted in (bundle.weights.parent / "MODEL_CARD.md").read_text()
 
 
 def test_all_bundles_together_are_small_enough_to_ship():
-    size = sum(
-        p.stat().st_size for p in BUNDLE.parent.rglob("*") if p.is_file() and "cache" not in p.parts
-    )
+    files = [p for p in WEIGHTS.rglob("*") if p.is_file() and "cache" not in p.parts]
+    size = sum(p.stat().st_size for p in files)
 
     assert size < 60e6
 
 
 def test_the_card_shows_the_measured_figures(bundle):
-    import json
-
-    figures = json.loads((BUNDLE / "report" / "figures.json").read_text())
-    card = (BUNDLE / "MODEL_CARD.md").read_text()
+    folder = bundle.weights.parent
+    figures = json.loads((folder / "report" / "figures.json").read_text())
+    card = (folder / "MODEL_CARD.md").read_text()
 
     assert f"{figures['headline']['patient_auc']['value']:.2f}" in card
     game = figures["pointing_game"]["all"]
@@ -93,14 +106,13 @@ def test_the_card_shows_the_measured_figures(bundle):
     assert bundle.manifest.label("any").threshold == figures["final"]["thresholds"]["balanced"]
 
 
-def test_the_card_is_what_the_recipe_writes_of_those_figures(tmp_path):
-    import json
-
-    figures = json.loads((BUNDLE / "report" / "figures.json").read_text())
+def test_the_card_is_what_the_recipe_writes_of_those_figures(bundle, tmp_path):
+    folder = bundle.weights.parent
+    figures = json.loads((folder / "report" / "figures.json").read_text())
 
     write_card(tmp_path / "card.md", figures)
 
-    assert (tmp_path / "card.md").read_text() == (BUNDLE / "MODEL_CARD.md").read_text()
+    assert (tmp_path / "card.md").read_text() == (folder / "MODEL_CARD.md").read_text()
 
 
 @needs_data

@@ -103,6 +103,35 @@ def test_the_heat_maps_of_drawn_bleeds_are_judged_against_both_controls(trained)
     assert game["all"]["brightest_hit"]["value"] > 0.9
 
 
+def test_the_card_begins_with_what_a_reader_must_know_first(trained):
+    out, figures, _ = trained
+    card = (out / "MODEL_CARD.md").read_text()
+    short = card[card.index("## In short") : card.index("## What it is")]
+
+    assert "24 patients of one hospital, 12 of whom bleed" in short
+    assert "No flag is no finding" in short
+    point = figures["shipped_family"]["operating_points"]["balanced"]
+    own = figures["final"]["at_own_thresholds"]["balanced"]
+    on = min(point["sensitivity"]["value"], own["sensitivity"])
+    assert f"about {50 * on:.0f} of the 50 would be flagged" in short
+    # The manifest has the lower of what folds and the threshold that ships were worth.
+    (shipped,) = [
+        one
+        for one in load_bundle(out).manifest.label("any").operating_points
+        if one.name == "balanced"
+    ]
+    assert shipped.sensitivity == on
+
+
+def test_subtypes_tell_how_often_they_were_the_only_bleed(trained):
+    subtypes = trained[1]["subtypes"]
+
+    # Every fourth drawn patient has all five, so none is ever alone.
+    assert {(x["patients"], x["only_bleed"]) for x in subtypes.values()} == {(6, 0)}
+    for entry in subtypes.values():
+        assert entry["found_as_any"]["low"] < 1
+
+
 def test_another_scanners_series_is_placed_among_the_negatives_every_way(trained):
     shift = trained[1]["shift"]
 

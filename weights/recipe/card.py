@@ -6,6 +6,7 @@ from string import Template
 from typing import Any
 
 from weights.recipe.card_evidence import answers, drawn, external, pointing, shift
+from weights.recipe.card_short import drawn_bleeds, in_short
 from weights.recipe.card_words import interval, table
 
 _TEMPLATE = Path(__file__).with_name("MODEL_CARD.template.md")
@@ -46,7 +47,9 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
         "compared": _compared(figures["compared"]),
         "other_splits": _other_splits(figures["other_splits"]),
         "predictive_values": _predictive_values(figures),
-        "reliability": _reliability(figures["headline"]),
+        "short": in_short(figures),
+        "drawn_bleeds": drawn_bleeds(figures["drawn"]),
+        "reliability": _reliability(figures["shipped_family"]["headline"]),
         "operating_points": _operating_points(figures),
         "active": figures["active"],
         "subgroups": _subgroups(figures["subgroups"]),
@@ -77,16 +80,18 @@ def _headline(figures: Mapping[str, Any]) -> str:
     procedure, family = figures["headline"], figures["shipped_family"]["headline"]
     chosen = {fold["family"] for fold in figures["per_fold"]}
     words = (
-        "Both columns are of patients that no fit, choice or threshold has seen. *Whole "
-        "procedure*: the kind of model is chosen inside each fold, too "
-        f"({'not always the one that ships' if len(chosen) > 1 else 'always the one that ships'}). "
-        "*What ships*: that kind in every fold; read this one for the bundle."
+        "Both columns are of patients that no fit, calibration or threshold has seen; some choices "
+        "of design have (below), so all figures are somewhat optimistic. *What ships*: that kind "
+        "of model in every fold; all later tables are of it. *Whole procedure*: the kind is chosen "
+        "inside each fold, too "
+        f"({'not always the one that ships' if len(chosen) > 1 else 'always the one that ships'}); "
+        "where the two differ, that is luck."
     )
     rows = [
-        (name_words, interval(procedure[name]), interval(family[name]))
+        (name_words, interval(family[name]), interval(procedure[name]))
         for name, name_words in _HEADLINE.items()
     ]
-    made = table(("figure", "whole procedure", "what ships"), rows)
+    made = table(("figure", "what ships", "whole procedure"), rows)
     slope = family["calibration_slope"]
     if not slope["low"] <= 1 <= slope["high"]:
         side = "spread too little: high ones are too low" if slope["low"] > 1 else "too sure"
@@ -148,9 +153,9 @@ def _operating_points(figures: Mapping[str, Any]) -> str:
         (
             "operating point",
             "threshold that ships",
-            "sensitivity",
+            "sensitivity, each fold at its own threshold",
             "specificity",
-            "on the data it was set by (optimistic)",
+            "at the threshold that ships, on the out-of-fold scores it was set on",
         ),
         [
             (
@@ -198,10 +203,20 @@ def _known(part: Mapping[str, Any], key: str) -> str:
 
 def _subtypes(subtypes: Mapping[str, Any]) -> str:
     return table(
-        ("subtype", "patients", "slices", "found as `any`", "slice AUC of its own output"),
+        (
+            "subtype",
+            "patients",
+            "of these, the only bleed",
+            "slices",
+            "found as `any`",
+            "slice AUC",
+        ),
         [
-            (n, x["patients"], x["slices"], interval(x["found_as_any"]), interval(x["slice_auc"]))
-            for n, x in subtypes.items()
+            (
+                *(name, x["patients"], x["only_bleed"], x["slices"]),
+                *(interval(x["found_as_any"]), interval(x["slice_auc"])),
+            )
+            for name, x in subtypes.items()
         ],
     )
 

@@ -1,7 +1,6 @@
 """What the outer folds say: headline, subgroups, and the shortcuts that could flatter it."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from weights.recipe.calibrate import log_loss
 from weights.recipe.data import LABELS, Cohort
 from weights.recipe.figures import auc, brier, calibration_figures, share, with_interval
 from weights.recipe.nested import OPERATING_POINTS, OutOfFold
-from weights.recipe.operating import PREVALENCES, operating_point
+from weights.recipe.operating import PREVALENCES, exact_interval, operating_point
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -89,7 +88,8 @@ class Judge:
             made[name] = {
                 "patients": len(patients),
                 "slices": int(truth.sum()),
-                "found_as_any": self._patient(partial(_share_of, found), among=patients),
+                "only_bleed": int((self._labels[patients, 1:].sum(axis=1) == 1).sum()),
+                "found_as_any": _exact(found[patients]),
                 "slice_auc": self._slice_auc(self._found.logits[:, column], truth),
             }
         return made
@@ -138,14 +138,8 @@ class Judge:
             "patients": len(patients),
             "positive": int(truth[patients].sum()),
             "patient_auc": self._patient(lambda rows: auc(p[rows], truth[rows]), among=patients),
-            **self._at(self._found.present[active], patients),
-        }
-
-    def _at(self, present: Bools, among: Rows | None = None) -> dict[str, Figure]:
-        truth = self.truth
-        return {
-            "sensitivity": self._patient(lambda r: share(present[r][truth[r]]), among=among),
-            "specificity": self._patient(lambda r: share(~present[r][~truth[r]]), among=among),
+            "sensitivity": _exact(self._found.present[active][patients[truth[patients]]]),
+            "specificity": _exact(~self._found.present[active][patients[~truth[patients]]]),
         }
 
     def _slice_auc(self, score: Floats, truth: Bools) -> Figure:
@@ -161,5 +155,7 @@ class Judge:
         return [np.array([place]) for place in places]
 
 
-def _share_of(flags: Bools, rows: Rows) -> float:
-    return share(flags[rows])
+def _exact(flags: Bools) -> Figure:
+    """A share of patients; NaN of none."""
+    value = round(share(flags), 4) if len(flags) else float("nan")
+    return {"value": value, **exact_interval(flags)}

@@ -106,7 +106,7 @@ def line_up_b4(
     b4 = grown_b4(pictures.folder / "grown.safetensors", pictures.manifest, lite0)
     own = _maps(pictures, b4, seed=seed, device=device)
     return LineUp(
-        shipping=(_evidence(own, b4, samples), _evidence(own, b4, samples, teacher=teacher)),
+        shipping=(_evidence(own, b4, samples, teacher=teacher), _evidence(own, b4, samples)),
         compared=(teacher,),
     )
 

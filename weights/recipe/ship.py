@@ -15,7 +15,7 @@ from weights.recipe.nested import Chosen
 from weights.recipe.template import Kind
 
 #: Of the bundles as they are made now; weights of their own get a number of their own.
-VERSION = "2.0.0"
+VERSION = "2.1.0"
 
 #: The operating point that serves.
 ACTIVE = "balanced"
@@ -43,7 +43,10 @@ def ship(
 def _measured(
     sha256: str, final: Chosen, how: Explanation, figures: Mapping[str, Any]
 ) -> dict[str, Any]:
-    points = figures["shipped_family"]["operating_points"]
+    points, own = (
+        figures["shipped_family"]["operating_points"],
+        figures["final"]["at_own_thresholds"],
+    )
     thresholds = {name: round(value, 4) for name, value in final.thresholds.items()}
     return {
         "version": VERSION,
@@ -58,8 +61,9 @@ def _measured(
         "operating_points": "".join(
             "[[labels.operating_points]]\n"
             f'name = "{name}"\nthreshold = {threshold}\n'
-            f"sensitivity = {points[name]['sensitivity']['value']}\n"
-            f"specificity = {points[name]['specificity']['value']}\n"
+            # Folds had thresholds of their own: who reads one number gets the lower of the two.
+            f"sensitivity = {min(points[name]['sensitivity']['value'], own[name]['sensitivity'])}\n"
+            f"specificity = {min(points[name]['specificity']['value'], own[name]['specificity'])}\n"
             for name, threshold in thresholds.items()
         ),
         "aggregation": _aggregation_line(final.aggregation),

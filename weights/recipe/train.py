@@ -160,9 +160,9 @@ def _judged(
         },
         "operating_points": judge.operating_points(),
         "active": ACTIVE,
-        "subgroups": judge.subgroups(ACTIVE),
-        "subtypes": judge.by_subtype(ACTIVE),
-        "shortcuts": judge.shortcuts(),
+        "subgroups": of_family.subgroups(ACTIVE),
+        "subtypes": of_family.by_subtype(ACTIVE),
+        "shortcuts": of_family.shortcuts(),
         "per_fold": [_chosen(chosen) for chosen in found.chosen],
         "final": _final(examples, final, how),
         "pointing_game": pointing_game(
