@@ -85,7 +85,6 @@ def line_up(pictures: Pictures, *, seed: int, samples: int, device: str) -> Line
             Tuned(cell0),
         ),
         compared=(
-            _evidence(maps0, lite0, samples, bleeds=0, copied=1),  # what drawn bleeds are worth
             *(Sequence(pooled0, lite0.architecture, kind) for kind in get_args(Kind)),
             Mean((cell0, linear2[0])),
             Mean((cell0, cell2)),

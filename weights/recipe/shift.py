@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
+from db.result import Urgency
+from inference.bundle import Bundle
 from inference.gates import measures
 from inference.manifest import Manifest
-from inference.model import logits
+from inference.model import load_model, logits
 from inference.predict import aggregate, in_context
 from inference.volume import Volume, volume_from_pictures
 from inference.window import as_channels, cropped
@@ -26,12 +28,12 @@ from weights.recipe.calibrate import apply
 from weights.recipe.candidates.candidate import Candidate, servable
 from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.candidates.tuned import Tuned
-from weights.recipe.data import PICTURE_RANGE_HU, Cohort
+from weights.recipe.data import LABELS, PICTURE_RANGE_HU, Cohort
 from weights.recipe.examples import Split
 from weights.recipe.figures import auc
 from weights.recipe.nested import Chosen, Recipe
 from weights.recipe.progress import Progress, silent
-from weights.recipe.series import NotJudged, read_volume
+from weights.recipe.series import NotJudged, read_volume, series_logits
 
 Floats = NDArray[np.float64]
 Remedy = Callable[[Volume], Volume]
@@ -182,3 +184,40 @@ def _logits(
     outputs = np.concatenate([logits(network, inputs[i : i + _BATCH]) for i in starts])
     made: Floats = in_context(outputs, chosen.smoothing.context)[:, 0].astype(np.float64)
     return made
+
+
+def as_it_ships(bundle: Bundle, folder: Path, negatives: Floats) -> dict[str, Any] | None:
+    """What a bundle says of the series, and where that is among the negatives; None: not there."""
+    if not folder.is_dir():
+        return None
+    try:
+        found = series_logits(folder, bundle, load_model(bundle))[:, 0].astype(np.float64)
+    except NotJudged as refusal:
+        return {"series": folder.name, "refused": str(refusal)}
+    score = aggregate(found, bundle.manifest.study.aggregation)
+    probability = float(apply(bundle.calibrations[LABELS[0]], np.array([score]))[0])
+    threshold = bundle.manifest.labels[0].threshold
+    return {
+        "series": folder.name,
+        "images": len(found),
+        "study_logit": round(score, 3),
+        "probability": round(probability, 4),
+        "present": threshold is not None and probability >= threshold,
+        "urgency": str(_urgency(bundle, probability)),
+        "percentile_of_negatives": round(100 * float((negatives < score).mean()), 1),
+    }
+
+
+def _urgency(bundle: Bundle, probability: float) -> Urgency:
+    """What the node would say of the primary label alone."""
+    primary = bundle.manifest.labels[0]
+    if primary.threshold is None or probability < primary.threshold:
+        return Urgency.ROUTINE
+    met = [
+        rule.level
+        for rule in bundle.manifest.study.urgency
+        if rule.label == primary.id and (rule.at is None or probability >= rule.at)
+    ]
+    return next(
+        (level for level in (Urgency.STAT, Urgency.URGENT) if level in met), Urgency.ROUTINE
+    )

@@ -2,22 +2,21 @@
 
 import json
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from db.result import Urgency
 from db.spool import FolderLock
-from inference.bundle import Bundle, load_bundle
+from inference.bundle import load_bundle
 from inference.model import exact_floats, load_model
-from inference.predict import aggregate
 from inference.serving import pick_device
 from weights.recipe.answer import answers_to_bleeds
 from weights.recipe.bank import Pictures, read_pictures
 from weights.recipe.calibrate import apply
-from weights.recipe.candidates.candidate import Explanation, servable
+from weights.recipe.candidates.candidate import Candidate, Explanation, servable
+from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.card import write_card
 from weights.recipe.compare import compared
 from weights.recipe.data import LABELS, Cohort, read_boxes, read_cohort
@@ -27,11 +26,10 @@ from weights.recipe.figures import auc, brier, share
 from weights.recipe.fits import Fits
 from weights.recipe.judge import Judge
 from weights.recipe.line_up import LineUp, line_up, line_up_b4
-from weights.recipe.nested import Chosen, Floats, Recipe, study_logits
+from weights.recipe.nested import Chosen, Recipe, study_logits
 from weights.recipe.pointing import best_explanation, pointing_game
 from weights.recipe.progress import Progress, silent
-from weights.recipe.series import NotJudged, series_logits
-from weights.recipe.shift import scanner_shift
+from weights.recipe.shift import as_it_ships, scanner_shift
 from weights.recipe.ship import ACTIVE, VERSION, ship
 from weights.recipe.template import ICH, Kind, draft
 
@@ -99,7 +97,8 @@ def _train(data: Path, out: Path, plan: Plan, progress: Progress) -> dict[str, A
     all_of_them = Recipe(recipe.fits, (*candidates.shipping, *candidates.compared), seed=plan.seed)
     figures["compared"] = compared(all_of_them, seed=plan.seed, progress=progress)
     figures["answers_to_bleeds"] = answers_to_bleeds(
-        recipe.fits, (*candidates.shipping, *candidates.compared)
+        recipe.fits,
+        (*candidates.shipping, *candidates.compared, *_never_shown_bleeds(final.candidate, plan)),
     )
     figures["other_splits"] = [
         _other_split(recipe_of(seed), seed, progress)
@@ -107,7 +106,7 @@ def _train(data: Path, out: Path, plan: Plan, progress: Progress) -> dict[str, A
     ]
     ship(out, plan.kind, final, how, figures)
     elsewhere, negatives = data.parent / _EXTERNAL, final.study_logits[~recipe.examples.truth]
-    figures["external"] = _external(out, elsewhere, negatives)
+    figures["external"] = as_it_ships(load_bundle(out), elsewhere, negatives)
     figures["shift"] = scanner_shift(
         cohort, recipe, elsewhere, pictures.manifest, remedies=plan.remedies, progress=progress
     )
@@ -116,6 +115,13 @@ def _train(data: Path, out: Path, plan: Plan, progress: Progress) -> dict[str, A
     (out / "report" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     write_card(out / "MODEL_CARD.md", figures)
     return figures
+
+
+def _never_shown_bleeds(candidate: Candidate, plan: Plan) -> list[Candidate]:
+    """What ships, fitted without drawn bleeds: to tell what they are worth."""
+    if plan.remedies and isinstance(candidate, Evidence) and candidate.bleeds:
+        return [replace(candidate, bleeds=0)]
+    return []
 
 
 def _line_up(
@@ -253,41 +259,3 @@ def _refit(examples: Examples, final: Chosen) -> dict[str, Any]:
         "inner_patient_auc": round(auc(final.study_logits, truth), 4),
         "inner_slice_auc": round(auc(final.logits, examples.labels[:, 0]), 4),
     }
-
-
-def _external(out: Path, folder: Path, negatives: Floats) -> dict[str, Any] | None:
-    """Where a real series of another scanner falls among the negatives; None: not there."""
-    if not folder.is_dir():
-        return None
-    bundle = load_bundle(out)
-    try:
-        logits = series_logits(folder, bundle, load_model(bundle))[:, 0].astype(np.float64)
-    except NotJudged as refusal:
-        return {"series": _EXTERNAL, "refused": str(refusal)}
-    score = aggregate(logits, bundle.manifest.study.aggregation)
-    probability = float(apply(bundle.calibrations[LABELS[0]], np.array([score]))[0])
-    threshold = bundle.manifest.labels[0].threshold
-    return {
-        "series": _EXTERNAL,
-        "images": len(logits),
-        "study_logit": round(score, 3),
-        "probability": round(probability, 4),
-        "present": threshold is not None and probability >= threshold,
-        "urgency": str(_urgency(bundle, probability)),
-        "percentile_of_negatives": round(100 * float((negatives < score).mean()), 1),
-    }
-
-
-def _urgency(bundle: Bundle, probability: float) -> Urgency:
-    """What the node would say of the primary label alone."""
-    primary = bundle.manifest.labels[0]
-    if primary.threshold is None or probability < primary.threshold:
-        return Urgency.ROUTINE
-    met = [
-        rule.level
-        for rule in bundle.manifest.study.urgency
-        if rule.label == primary.id and (rule.at is None or probability >= rule.at)
-    ]
-    return next(
-        (level for level in (Urgency.STAT, Urgency.URGENT) if level in met), Urgency.ROUTINE
-    )
