@@ -200,7 +200,7 @@ def test_a_head_learns_from_drawn_bleeds_what_no_patient_shows():
     examples, maps = drawn_examples()
     bank = WithBleeds(maps.astype(np.float16))
     schedule = Schedule(samples=6_400, batch=32, rate=5e-3)
-    candidate = Evidence(bank, NOTHING, SPEC, 0, dropout=0.0, schedule=schedule, bleeds=1)
+    candidate = Evidence(bank, NOTHING, SPEC, 1, dropout=0.0, schedule=schedule, bleeds=1)
     rows = np.concatenate(examples.groups[::2])
     unseen = np.setdiff1d(np.arange(len(examples.labels)), rows)
     clear = unseen[~examples.labels[unseen, 0]]
@@ -212,6 +212,11 @@ def test_a_head_learns_from_drawn_bleeds_what_no_patient_shows():
     plain = candidate.logits(made.weights, PLAIN, clear)[:, 0]
     assert (drawn > plain).mean() > 0.95
     assert auc(made.logits[unseen, 0], examples.labels[unseen, 0]) > 0.9
+
+
+def test_bleeds_are_drawn_only_where_other_slices_look_altered_too():
+    with pytest.raises(ValueError, match="without altered views"):
+        Evidence(Drawn(np.zeros((1, 4, SIDE, SIDE))), NOTHING, SPEC, 0, bleeds=1)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -94,7 +94,7 @@ def _remedies(chosen: Sequence[Chosen], usual_noise: float, manifest: Manifest) 
     if isinstance(first, Tuned):
         first = first.base
     if isinstance(first, Evidence):
-        # Nor with drawn bleeds: their views are altered, so looking altered would speak for a bleed.
+        # Nor drawn bleeds: their views are altered, and looking so would speak for a bleed.
         plain = replace(first, altered=0, copied=0, bleeds=0)
         grey = replace(plain, grey=1)
         ways.append(Way("fitted without altered views", candidate=plain))

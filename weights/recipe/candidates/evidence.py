@@ -62,6 +62,10 @@ class Evidence:
     copied: int = 0  # views like pictures of pictures
     teacher: "Evidence | None" = None  # whose fit on the same slices says what cells should say
 
+    def __post_init__(self) -> None:
+        if self.bleeds and not self.altered:
+            raise ValueError("drawn bleeds come altered: without altered views that would tell")
+
     @property
     def name(self) -> str:
         return (
