@@ -1,6 +1,8 @@
 """Where the embedded server's sockets lie when the data folder's path is too long for them."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +76,24 @@ def test_stopping_what_never_ran_makes_nothing(tmp_path):
     embedded.stop(tmp_path / "var")
 
     assert not (tmp_path / "var").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs it as another user")
+def test_root_may_keep_the_programs_in_a_private_home(tmp_path, monkeypatch):
+    """By access(2), as initdb asks; and no other power of root's is left."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    shutil.copy("/usr/bin/true", private / "postgres")
+    (private / "postgres").chmod(0o755)
+    monkeypatch.setattr(embedded, "binaries", lambda: private)
+    as_server = embedded._as_server_user(tmp_path)
+
+    asked = subprocess.run([*as_server, "/usr/bin/test", "-x", private / "postgres"], check=False)
+    status = subprocess.check_output([*as_server, "cat", "/proc/self/status"], text=True)
+
+    assert asked.returncode == 0
+    powers = {
+        line.split()[0]: int(line.split()[1], 16) for line in status.splitlines() if "Cap" in line
+    }
+    assert powers["CapEff:"] == powers["CapPrm:"]
+    assert powers["CapEff:"].bit_count() == 1
