@@ -139,6 +139,14 @@ def test_the_values_say_what_they_are(built):
     assert mapping.MeasurementUnitsCodeSequence[0].CodeValue == "1"
 
 
+def test_the_map_says_how_it_was_made(finding, headers):
+    other = replace(finding, output=replace(finding.output, map_word="HiResCAM"))
+
+    for one, word in ((finding, "Grad-CAM"), (other, "HiResCAM")):
+        made = map_of(build(one, headers))
+        assert made.ContentDescription == f"{word} values; not for primary diagnosis"
+
+
 def test_each_frame_names_its_source_and_label(built, finding):
     for item, key in zip(built.PerFrameFunctionalGroupsSequence, finding.key_images, strict=True):
         (source,) = item.DerivationImageSequence[0].SourceImageSequence

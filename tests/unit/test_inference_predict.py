@@ -137,6 +137,20 @@ def with_context(folder, *, context):
     return folder
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "ranked", "k": 2, "weights": (1.0,)},
+        {"kind": "ranked", "k": 2, "weights": (1.5, -0.5)},
+        {"kind": "ranked", "k": 2, "weights": (0.0, 1.0)},
+        {"kind": "max", "weights": (1.0,)},
+    ],
+)
+def test_weights_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="weight"):
+        Aggregation(**wrong)
+
+
 def test_aggregations_by_hand():
     values = [0.0, 4.0, 1.0, 2.0, 2.0, 3.0]
 

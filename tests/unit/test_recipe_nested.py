@@ -1,13 +1,16 @@
 """What is chosen and judged in folds, by patients that neither the fit nor the choice has seen."""
 
 import json
+import tomllib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
+from inference.manifest import Aggregation
 from weights.recipe.bank import folder_for
 from weights.recipe.candidates.candidate import Candidate, Fit, Mean, servable
 from weights.recipe.compare import compared
@@ -18,6 +21,7 @@ from weights.recipe.fits import Fits
 from weights.recipe.nested import AGGREGATIONS, NOISY_OR, Recipe, Smoothing, beats
 from weights.recipe.pointing import Pointing
 from weights.recipe.ranked import cross_fitted, fit_ranked
+from weights.recipe.ship import _aggregation_line
 from weights.recipe.template import draft
 
 PATIENTS, SLICES, FOLDS = 40, 6, 4
@@ -264,3 +268,17 @@ def test_noisy_or_is_told_and_never_chosen(tmp_path, monkeypatch):
     assert chosen.aggregation == AGGREGATIONS[0]
     losses = chosen.aggregation_log_losses
     assert losses["noisy_or"] < losses[str(AGGREGATIONS[0])]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Aggregation(kind="max"),
+        Aggregation(kind="topk_mean", k=3),
+        Aggregation(kind="ranked", k=2, weights=(0.75, 0.25)),
+    ],
+)
+def test_every_aggregation_that_may_be_chosen_can_stand_in_a_manifest(how):
+    line = tomllib.loads(f"aggregation = {_aggregation_line(how)}")["aggregation"]
+
+    assert TypeAdapter(Aggregation).validate_json(json.dumps(line)) == how
