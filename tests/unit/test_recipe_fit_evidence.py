@@ -214,6 +214,25 @@ def test_a_head_learns_from_drawn_bleeds_what_no_patient_shows():
     assert auc(made.logits[unseen, 0], examples.labels[unseen, 0]) > 0.9
 
 
+def test_how_a_slice_looks_does_not_tell_what_it_is():
+    """Views with bleeds are altered ones: as many of the other slices must look altered."""
+    examples, maps = drawn_examples()
+    candidate = Evidence(Looks(maps.astype(np.float16)), NOTHING, SPEC, 2, copied=1, bleeds=2)
+    rows = np.concatenate(examples.groups)
+    rng = np.random.default_rng(0)
+    positive, negative = rows[examples.labels[:, 0]], rows[~examples.labels[:, 0]]
+    shelves = candidate.shelves(examples, rows)
+
+    looks = [
+        shelves.draw(rng.choice(some, 4_000), rng).inputs[:, 3, 0, 0].numpy()
+        for some in (positive, negative)
+    ]
+
+    shares = [(some == ALTERED_LOOK).mean() for some in looks]
+    assert shares[0] == pytest.approx(shares[1], abs=0.04)
+    assert 0.6 < shares[0] < 0.8
+
+
 def test_bleeds_are_drawn_only_where_other_slices_look_altered_too():
     with pytest.raises(ValueError, match="without altered views"):
         Evidence(Drawn(np.zeros((1, 4, SIDE, SIDE))), NOTHING, SPEC, 0, bleeds=1)
@@ -307,6 +326,18 @@ class WithBleeds(Drawn):
         made = np.zeros((len(self._maps), SIDE, SIDE), np.float32)
         made[:, 1:3, 2:4] = 1
         return made
+
+
+ALTERED_LOOK = 50.0
+
+
+class Looks(WithBleeds):
+    """An altered view has one look, with bleeds or without; the others have another."""
+
+    def features(self, view, progress=None):
+        maps = super().features(view, progress).copy()
+        maps[:, 3] = ALTERED_LOOK if view.is_altered or view.has_bleeds else 0.0
+        return maps
 
 
 def test_an_array_has_its_name_only_once_it_is_whole(tmp_path):

@@ -33,6 +33,7 @@ _SCANNED = _Strength(15.0, (0.88, 1.12), 0.06, 0.05, (0.85, 1.18), 0.05)
 #: Through slides, a phone or the web, in whatever window, without its proportions.
 _COPIED = _Strength(20.0, (0.8, 1.25), 0.1, 0.06, (0.65, 1.5), 0.1, 0.18, 0.3, (80.0, 240.0))
 _BLUR_PIXELS = (0.3, 1.2)  # sigma; below the first nothing is done
+_ALTERED = "altered-"
 _GREY = "grey-"
 _COPIES = "copied-"
 _BLEEDS = "bleeds-"
@@ -48,6 +49,11 @@ class View:
     @property
     def is_random(self) -> bool:
         return self not in (PLAIN, MIRRORED)
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether it looks as those with bleeds do, but for the bleeds."""
+        return self.name.startswith(_ALTERED)
 
     @property
     def has_bleeds(self) -> bool:
@@ -82,7 +88,7 @@ def views(altered: int, grey: int = 0, copied: int = 0) -> tuple[View, ...]:
     return (
         PLAIN,
         MIRRORED,
-        *(View(f"altered-{number}") for number in range(altered)),
+        *(View(f"{_ALTERED}{number}") for number in range(altered)),
         *(View(f"{_GREY}{number}") for number in range(grey)),
         *(View(f"{_COPIES}{number}") for number in range(copied)),
     )

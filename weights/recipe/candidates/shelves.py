@@ -54,6 +54,7 @@ class Shelves:
         self._examples = examples
         self._among = among
         self._views = [self._view(view, heard) for view in views]
+        self._altered = [i for i, view in enumerate(views) if view.is_altered]
         drawn = [self._with_bleeds(view) for view in bleeds]
         self._drawn = [shelf for shelf in drawn if len(shelf.rows)]  # where a skull closes at all
 
@@ -69,7 +70,11 @@ class Shelves:
         return Standard.of(torch.from_numpy(maps.astype(np.float32)))
 
     def draw(self, chosen: Rows, rng: np.random.Generator) -> Batch:
-        """These slices; in place of half the positive ones, one with a drawn bleed."""
+        """These slices; in place of half the positive ones, one with a drawn bleed.
+
+        Drawn bleeds come altered, so half of the others are drawn from altered views as well:
+        how a slice looks must not tell what it is.
+        """
         picked = [self._picked(row, rng) for row in chosen]
         maps, covered, heard, labels = zip(*picked, strict=True)
         return Batch(
@@ -84,11 +89,14 @@ class Shelves:
     ) -> tuple[NDArray[np.float16], Tensor, Tensor, NDArray[np.float32]]:
         labels = self._examples.labels[row].astype(np.float32)
         shelf = self._views[rng.integers(len(self._views))]
-        if self._drawn and labels[0] and rng.random() < SHARE:
-            shelf = self._drawn[rng.integers(len(self._drawn))]
-            row = int(rng.choice(shelf.rows))
-            labels = np.full_like(labels, np.nan)  # of no subtype that a radiologist would name
-            labels[0] = 1.0
+        if self._drawn and rng.random() < SHARE:
+            if labels[0]:
+                shelf = self._drawn[rng.integers(len(self._drawn))]
+                row = int(rng.choice(shelf.rows))
+                labels = np.full_like(labels, np.nan)  # of no subtype that anybody would name
+                labels[0] = 1.0
+            else:
+                shelf = self._views[rng.choice(self._altered)]
         return shelf.maps[row], shelf.covered[row], shelf.heard[row], labels
 
     def _view(self, view: View, heard: Tensor | None) -> _Shelf:
