@@ -26,10 +26,16 @@ from weights.recipe.augment import View
 from weights.recipe.bleeds import with_bleed
 from weights.recipe.data import PICTURE_RANGE_HU, Cohort
 from weights.recipe.progress import Progress, silent
+from weights.recipe.sources import INFERENCE, RECIPE, code_digest
 
 Images = NDArray[np.float32]
 
 _BATCH = 32
+_MADE_BY = (  # everything that is in a cache's folder, but for fits
+    *(RECIPE / f"{name}.py" for name in ("pictures", "bank", "augment", "bleeds")),
+    *(RECIPE / f"{name}.py" for name in ("backbone", "network", "grown", "built", "standard")),
+    *(INFERENCE / f"{name}.py" for name in ("body", "volume", "window", "evidence")),
+)
 _BLEED_SIDE = 40  # cells a side of what is kept of where bleeds were drawn
 
 
@@ -90,12 +96,14 @@ def read_pictures(
 def folder_for(manifest: Manifest, pictures: str, cache: Path) -> Path:
     """Where all goes that is made of these pictures, cut and shown to a network in just this way.
 
-    What refuses a study changes no picture, so it is no part of the name.
+    By the code as it is now: with other code it goes elsewhere, and nothing made by the old is
+    used. What refuses a study changes no picture, so it is no part of the name.
 
     pictures : a digest of them
     """
     above = manifest.pixels.body.above if manifest.pixels.body else None
-    text = repr((manifest.pixels.value_range, above, manifest.input, pictures))
+    code = code_digest(_MADE_BY)
+    text = repr((manifest.pixels.value_range, above, manifest.input, pictures, code))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return cache / f"{manifest.input.size}px-{digest}"
 

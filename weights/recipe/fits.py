@@ -12,6 +12,13 @@ import numpy as np
 from weights.recipe.candidates.candidate import Candidate, Fit
 from weights.recipe.examples import Examples, Split
 from weights.recipe.progress import Progress, silent
+from weights.recipe.sources import INFERENCE, RECIPE, code_digest
+
+_MADE_BY = (
+    *(RECIPE / "candidates").glob("*.py"),
+    *(RECIPE / f"{name}.py" for name in ("fitting", "standard", "examples", "folds", "bleeds")),
+    INFERENCE / "evidence.py",
+)
 
 
 class Fits:
@@ -21,11 +28,12 @@ class Fits:
         self._folder = folder
         self._examples = examples
         self._seed = seed
-        # Other data, labels or folds, and what was kept says nothing.
+        # Other data, labels, folds or code, and what was kept says nothing.
         facts = hashlib.sha256(examples.folds.tobytes() + examples.labels.tobytes())
         for rows in examples.groups:
             facts.update(rows.tobytes())
         facts.update(repr(sorted(examples.lesions.items())).encode())
+        facts.update(code_digest(_MADE_BY).encode())
         self._facts = facts.hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
 

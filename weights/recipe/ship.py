@@ -15,7 +15,7 @@ from weights.recipe.nested import Chosen
 from weights.recipe.template import Kind
 
 #: Of the bundles as they are made now; weights of their own get a number of their own.
-VERSION = "2.1.0"
+VERSION = "2.2.0"
 
 #: The operating point that serves.
 ACTIVE = "balanced"
