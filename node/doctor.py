@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings, load
 from config.tenants import Tenant
+from db.activations import Installed
 from db.errors import NodeError
 from node import send
 from node.database import opened
@@ -193,6 +194,28 @@ def models(settings: Settings) -> Checks:
         yield Check(f"model {bad.name}", Grade.BAD, bad.reason, advice)
 
 
+def activated(settings: Settings) -> Checks:
+    """The versions that tenants have active in place of what is configured."""
+    from inference.installed import load_installed
+    from inference.serving import make_served, pick_device
+    from node.models_list import active
+
+    users: dict[Installed, list[str]] = {}
+    for (tenant, _), one in sorted((active(settings) or {}).items()):
+        users.setdefault(one.installed, []).append(tenant)
+    for version, tenants in users.items():
+        name = f"model {version.bundle} for {', '.join(tenants)}"
+        try:
+            bundle = load_installed(settings.node.data_dir, version)
+            numerics = make_served(bundle, pick_device(settings.inference.device)).numerics
+        except NodeError as error:
+            advice = "`vigil models activate` its folder again, or `vigil models rollback`"
+            yield Check(name, Grade.BAD, f"version {version.label}: {error}", advice)
+            continue
+        words = f"version {version.label}, files whole, {numerics} agrees"
+        yield Check(name, Grade.GOOD, words)
+
+
 def phantom(settings: Settings) -> Checks:
     """A synthetic study from file to DICOM objects, without network: nothing reaches an archive."""
     from node.predict import trial
@@ -209,7 +232,7 @@ def phantom(settings: Settings) -> Checks:
 
 
 PARTS: tuple[Callable[[Settings], Checks], ...] = (
-    configuration, disk, database, receiver, destinations, certificates, models, phantom,
+    configuration, disk, database, receiver, destinations, certificates, models, activated, phantom,
 )  # fmt: skip
 
 

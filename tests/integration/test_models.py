@@ -38,7 +38,7 @@ from inference.bundle import BundleError
 from inference.device import Device
 from inference.fleet import Fleet
 from inference.scheduler import Scheduler
-from node import cli
+from node import cli, doctor
 from node.bundles import check_overrides
 from node.models_list import active
 from tests.bundles.make import make_bundle
@@ -558,6 +558,21 @@ def test_a_new_threshold_is_held_against_what_the_tenant_has_active(stages, vigi
     check_overrides(settings, None)  # by the configured folder it could take effect
     with pytest.raises(BundleError, match=r"head.any: threshold outside"):
         check_overrides(settings, active(settings))
+
+
+def test_the_doctor_looks_at_what_is_active_too(stages, vigil, tmp_path):
+    new = version_of(tmp_path / "head", "1.1.0", tmp_path / "new")
+    vigil("activate", new, "--tenant", "south")
+
+    (whole,) = doctor.activated(stages.settings)
+    (home,) = models_folder(stages.settings.node.data_dir).glob("head/1.1.0+*")
+    damaged_weights(home)
+    (damaged,) = doctor.activated(stages.settings)
+
+    assert (whole.name, whole.grade) == ("model head for south", doctor.Grade.GOOD)
+    assert "version 1.1.0" in whole.found
+    assert damaged.grade is doctor.Grade.BAD
+    assert "the manifest says" in damaged.found
 
 
 def test_the_number_of_what_was_once_active_is_taken_for_good(stages, vigil, tmp_path):
