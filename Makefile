@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup demo test lint types contracts check train clean
+.PHONY: setup demo test hazards lint types contracts check train clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
+
+# What an administrator tries on the first day, and what is seen: make hazards ARGS="3 8"
+hazards: $(READY)
+	@$(BIN)/python -m tests.e2e.day_one $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -156,13 +156,31 @@ class Hospital:
 
     def quarantined(self, sop_instance_uid: str) -> list[dict]:
         """What `vigil quarantine list` says of an instance."""
-        done = subprocess.run(
-            [sys.executable, "-m", "node.cli", "quarantine", "list", "--json",
-             "--config", str(self.config)],
-            capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-        entries = json.loads(done.stdout)
+        entries = json.loads(self.vigil("quarantine", "list", "--json"))
         return [entry for entry in entries if entry["sop_instance_uid"] == sop_instance_uid]
+
+    def vigil(self, *arguments: str) -> str:
+        """What the command says on stdout; it must succeed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "node.cli", *arguments, "--config", str(self.config)],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, f"vigil {' '.join(arguments)}: {done.stderr.strip()}"
+        return done.stdout
+
+    @contextlib.contextmanager
+    def database_stopped(self) -> Iterator[None]:
+        """It keeps its connections and answers nothing: worse than one that is gone."""
+        pid = int((self.folder / "var/database/cluster/postmaster.pid").read_text().split()[0])
+        server = psutil.Process(pid)
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def spooled(self) -> list[Path]:
         return [

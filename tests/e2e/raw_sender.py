@@ -12,7 +12,9 @@ from pynetdicom.dsutils import encode
 def encoded(image: Dataset) -> bytes:
     """The data set as it travels in a C-STORE, in its own transfer syntax."""
     syntax = image.file_meta.TransferSyntaxUID
-    body = encode(image, syntax.is_implicit_VR, syntax.is_little_endian)
+    body = encode(
+        image, syntax.is_implicit_VR, syntax.is_little_endian, deflated=syntax.is_deflated
+    )
     assert body is not None
     return body
 

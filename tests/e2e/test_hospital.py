@@ -1,13 +1,12 @@
 """A whole node with the shipped bundle between real peers: what a hospital would try first.
 
-One node serves all tests of this module: it is started once, with three tenants and three PACS.
+One node serves all tests: `hospital` in conftest.py.
 """
 
 import random
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pydicom
 import pytest
@@ -24,16 +23,10 @@ from db.tables import (
 )
 from tests import validators
 from tests.builders import changed, ctich_study, real_size_study
-from tests.e2e.hospital import PEER_ENVIRONMENT, QUIET_S, Hospital, eventually, running, written
+from tests.e2e.hospital import PEER_ENVIRONMENT, QUIET_S, Hospital, eventually, written
 from tests.e2e.raw_sender import encoded
 
 PATIENT_MODULE = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
-
-
-@pytest.fixture(scope="module")
-def hospital(tmp_path_factory) -> Iterator[Hospital]:
-    with running(tmp_path_factory.mktemp("hospital")) as found:
-        yield found
 
 
 def small_study(kind: str, seed: int) -> list[pydicom.Dataset]:
