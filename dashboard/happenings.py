@@ -27,6 +27,11 @@ EVENTS: Mapping[str, str] = {
     "delivery_withheld": "Not sent: the result no longer matches its study",
     "instance_quarantined": "An image was set aside",
     "quarantine_discarded": "What was set aside was discarded",
+    "delivery_dropped": "Not sent: its images were replaced",
+    "withdrawn": "Result withdrawn by an operator",
+    "rejection_delivered": "Rejection note accepted",
+    "quarantine_released": "What was set aside was released by an operator",
+    "instance_came_again": "An image came again of which an operator has decided",
     "notice_built": "Notice built: the study was not processed",
     "notice_given_up": "The notice could not be built",
     "variant_dropped": "An image came again in another encoding; the first is kept",
@@ -90,6 +95,26 @@ def _delivered(detail: Detail) -> str:
     return f"{counted(n, 'object')} to {plain(detail.get('destination') or '')}"
 
 
+def _set_aside(detail: Detail) -> str:
+    out = detail.get("delivered_to")
+    named = ", ".join(map(plain, out)) if isinstance(out, list) else ""
+    todo = f"out already: {named}; {plain(detail.get('do') or '')}" if named else ""
+    return "; ".join(part for part in (plain(detail.get("code") or ""), todo) if part)
+
+
+def _released(detail: Detail) -> str:
+    n, n_replaced = int(detail.get("n_instances") or 0), int(detail.get("n_replaced") or 0)
+    corrected = "; the study's patient was corrected" if detail.get("is_other_patient") else ""
+    place = f", {n_replaced} in place of another" if n_replaced else ""
+    return f"{counted(n, 'image')}{place}, by {plain(detail.get('by') or '')}{corrected}"
+
+
+def _withdrawn(detail: Detail) -> str:
+    names = detail.get("destinations")
+    to = ", ".join(map(plain, names)) if isinstance(names, list) and names else "nowhere"
+    return f"by {plain(detail.get('by') or '')}, {plain(detail.get('reason') or '')}; out at {to}"
+
+
 _SAID: Mapping[str, Callable[[Detail], str]] = {
     "study_opened": lambda detail: f"from {plain(detail.get('sender') or 'an upload')}",
     "instances_received": _received,
@@ -99,4 +124,8 @@ _SAID: Mapping[str, Callable[[Detail], str]] = {
     "gave_up": _given_up,
     "objects_built": _built,
     "result_delivered": _delivered,
+    "rejection_delivered": _delivered,
+    "instance_quarantined": _set_aside,
+    "quarantine_released": _released,
+    "withdrawn": _withdrawn,
 }

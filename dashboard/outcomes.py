@@ -15,7 +15,9 @@ from db.result import CalibratedProbability, percent
 from db.study import AnalysisState
 from db.tables import AnalysisRow, DeliveryRow, ResultRow, StudyRow
 
-OutcomeKind = Literal["positive", "negative", "pending", "not_analysed", "not_applicable", "failed"]
+OutcomeKind = Literal[
+    "positive", "negative", "pending", "not_analysed", "not_applicable", "failed", "withdrawn"
+]
 CURRENT = (
     ResultRow.analysis_id == AnalysisRow.id,
     ResultRow.result_no == AnalysisRow.result_no,
@@ -137,6 +139,8 @@ def _outcome(row: Any, sent: tuple[Sent, ...]) -> Outcome:
     )
     if state is AnalysisState.FAILED:
         return replace(plain, kind="failed")
+    if state is AnalysisState.WITHDRAWN:
+        return replace(plain, kind="withdrawn")
     if state is AnalysisState.NOT_ANALYSED and analysis.is_applicable:
         return replace(plain, kind="not_analysed")
     if state is AnalysisState.NOT_ANALYSED:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from dashboard.outcomes import Line, Outcome, line_of, of_study
@@ -20,6 +20,7 @@ from db.tables import (
     RequestRow,
     ResultRow,
     StudyRow,
+    WithdrawalRow,
 )
 
 MAX_EVENTS = 500
@@ -53,7 +54,7 @@ class DeliveryLine:
     expires_at: dt.datetime
     finished_at: dt.datetime | None
     error_code: str
-    is_notice: bool  # that the study was not processed, instead of a result
+    what: str  # where it is no result: what it is, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +188,17 @@ def _timeline(session: Session, study: StudyRow) -> tuple[TimelineEntry, ...]:
 
 
 def _deliveries(session: Session, study: StudyRow) -> tuple[DeliveryLine, ...]:
-    number = func.coalesce(ResultRow.result_no, NoticeRow.result_no)
+    number = func.coalesce(ResultRow.result_no, NoticeRow.result_no, WithdrawalRow.result_no)
+    what = case(
+        (NoticeRow.id.is_not(None), "notice: not processed"),
+        (WithdrawalRow.id.is_not(None), "rejection note"),
+        else_="",
+    )
     rows = session.execute(
-        select(DeliveryRow, number, NoticeRow.id.is_not(None))
+        select(DeliveryRow, number, what)
         .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
         .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
+        .outerjoin(WithdrawalRow, WithdrawalRow.id == DeliveryRow.result_id)
         .where(DeliveryRow.study_id == study.id, number.is_not(None))
         .order_by(number.desc(), DeliveryRow.destination)
     )
@@ -205,9 +212,9 @@ def _deliveries(session: Session, study: StudyRow) -> tuple[DeliveryLine, ...]:
             row.expires_at,
             row.finished_at,
             row.error_code,
-            is_notice,
+            what,
         )
-        for row, result_no, is_notice in rows
+        for row, result_no, what in rows
     )
 
 

@@ -26,6 +26,7 @@ ANALYSIS_STATES: Mapping[str, str] = {
     AnalysisState.DELIVERED_IN_PART: "not delivered everywhere",
     AnalysisState.NOT_ANALYSED: "not analysed",
     AnalysisState.FAILED: "analysis failed",
+    AnalysisState.WITHDRAWN: "withdrawn",
 }
 DELIVERY_STATES: Mapping[str, str] = {
     DeliveryState.WAITING: "waiting",
@@ -34,6 +35,7 @@ DELIVERY_STATES: Mapping[str, str] = {
     DeliveryState.REFUSED: "refused",
     DeliveryState.EXPIRED: "expired",
     DeliveryState.DROPPED: "replaced by a newer result",
+    DeliveryState.WITHDRAWN: "withdrawn",
 }
 
 _LOOKS_LIKE_NOTHING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -134,6 +136,8 @@ def study_state(value: str) -> str:
 
 def study_words(state: str, analyses: Iterable[str]) -> str:
     """A study's state; where something is missing in the end, what it is."""
+    if state == StudyState.DONE and AnalysisState.WITHDRAWN in set(analyses):
+        return "Result withdrawn"
     if state != StudyState.DONE_WITH_GAPS:
         return study_state(state)
     is_failed = AnalysisState.FAILED in set(analyses)

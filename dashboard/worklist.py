@@ -145,6 +145,7 @@ def _has_outcome(kind: OutcomeKind) -> ColumnElement[bool]:
     states = {
         "pending": [AnalysisState.WAITING, AnalysisState.QUEUED],
         "failed": [AnalysisState.FAILED],
+        "withdrawn": [AnalysisState.WITHDRAWN],
     }.get(kind, [AnalysisState.NOT_ANALYSED])
     conditions = [*_SERVES, AnalysisRow.state.in_(states)]
     if kind in ("not_analysed", "not_applicable"):

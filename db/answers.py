@@ -13,6 +13,8 @@ from db.tables import DeliveryRow
 
 #: Before the answer for an object that the destination has and is to get once more.
 AGAIN = "again "
+#: Sent, and not yet answered: should no answer come, nobody knows whether it arrived.
+IN_DOUBT = "in_doubt"
 # PS3.4 Table B.2-1: success, or a warning; 0111 says that the peer has the instance already.
 _DELIVERED = f"^({AGAIN})?0x(0000|0111|B[0-9A-F]{{3}})$"
 
@@ -20,6 +22,11 @@ _DELIVERED = f"^({AGAIN})?0x(0000|0111|B[0-9A-F]{{3}})$"
 def is_delivered(code: str) -> bool:
     """Whether the destination has the object."""
     return re.match(_DELIVERED, code) is not None
+
+
+def is_in_doubt(code: str) -> bool:
+    """Whether the destination may have the object."""
+    return code == IN_DOUBT
 
 
 def is_due(code: str) -> bool:
@@ -47,5 +54,14 @@ def merged(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
 
 def has_something() -> ColumnElement[bool]:
     """Whether the destination has any object of a delivery row."""
-    path = f'$.* ? (@ like_regex "{_DELIVERED}")'
+    return _any_is(_DELIVERED)
+
+
+def may_have_something() -> ColumnElement[bool]:
+    """Whether the destination has any object of a delivery row, or may have."""
+    return _any_is(f"{_DELIVERED}|^{IN_DOUBT}$")
+
+
+def _any_is(pattern: str) -> ColumnElement[bool]:
+    path = f'$.* ? (@ like_regex "{pattern}")'
     return func.jsonb_path_exists(DeliveryRow.statuses, cast(path, JSONPATH))

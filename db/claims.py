@@ -5,14 +5,14 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, exists, func, select, update
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from db import reach, studies
+from db import reach, studies, withdrawals
 from db.answers import merged
 from db.errors import StaleAnalysis
-from db.outbox import OPEN, DeliveryState
-from db.tables import DeliveryRow, DestinationRow, StudyRow
+from db.outbox import DeliveryState
+from db.tables import DeliveryRow, DestinationRow, StudyRow, WithdrawalRow
 
 #: As short as the time after which a silent process counts as gone (db.heartbeat), and renewed.
 LEASE_S = 30.0
@@ -36,6 +36,7 @@ class ClaimedDelivery:
     statuses: Mapping[str, str]
     expires_at: dt.datetime
     worker: str
+    is_rejection: bool = False  # a rejection note: it goes out whatever became of the study
 
 
 def claim_due(
@@ -44,10 +45,12 @@ def claim_due(
     """Claim the next delivery for a destination, urgent first; commit before sending.
 
     Nothing is due while the destination backs off, while the study is held, or while an older
-    result of the same analysis is still on its way there.
+    result of the same analysis is still on its way there. A rejection note is due in a held study,
+    too: that is when it is wanted most. It waits for what is being sent at this moment, and goes
+    before what is newer; once it was tried in vain it holds that up no more.
     """
     _count_the_dead(session, tenant, destination)
-    older = aliased(DeliveryRow)
+    older, is_note = aliased(DeliveryRow), withdrawals.is_rejection()
     row = session.scalar(
         select(DeliveryRow)
         .join(StudyRow, StudyRow.id == DeliveryRow.study_id)
@@ -60,14 +63,19 @@ def claim_due(
             DeliveryRow.tenant == tenant,
             DeliveryRow.destination == destination,
             DestinationRow.retry_at <= func.now(),
-            StudyRow.is_held.is_(False),
+            or_(StudyRow.is_held.is_(False), is_note),
             DeliveryRow.state == DeliveryState.WAITING,
             DeliveryRow.run_after <= func.now(),
             ~exists().where(
                 older.analysis_id == DeliveryRow.analysis_id,
                 older.destination == DeliveryRow.destination,
                 older.id < DeliveryRow.id,
-                older.state.in_(OPEN),
+                # What waits and is older than a note was taken back: it never goes.
+                or_(
+                    older.state == DeliveryState.SENDING,
+                    (older.state == DeliveryState.WAITING) & ~is_note,
+                ),
+                ~and_(older.attempts > 0, withdrawals.is_rejection(older)),
             ),
         )
         .order_by(DeliveryRow.lane, DeliveryRow.id)
@@ -94,6 +102,10 @@ def _count_the_dead(session: Session, tenant: str, destination: str) -> None:
     ).all()
     for row in dead:
         row.attempts += 1
+        if withdrawals.is_withdrawn(session, row.analysis_id, row.result_id):
+            row.state, row.error_code = DeliveryState.WITHDRAWN, SENDER_DIED
+            row.worker, row.lease_until, row.finished_at = "", None, func.now()
+            continue
         is_second = row.error_code == SENDER_DIED
         # At first at once, whatever came before: a restart, a power cut.
         wait = reach.backoff(row.attempts if is_second else 1)
@@ -132,6 +144,7 @@ def take(session: Session, row: DeliveryRow, worker: str) -> ClaimedDelivery:
         statuses=dict(row.statuses),
         expires_at=row.expires_at,
         worker=worker,
+        is_rejection=session.get(WithdrawalRow, row.result_id) is not None,
     )
 
 

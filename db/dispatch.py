@@ -11,8 +11,8 @@ from dataclasses import replace
 from sqlalchemy import and_, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from db import reach, studies
-from db.answers import has_something
+from db import reach, studies, withdrawals
+from db.answers import IN_DOUBT, has_something
 from db.claims import ClaimedDelivery, note, take, write
 from db.outbox import OPEN, DeliveryState, settle
 from db.tables import DeliveryRow, NoticeRow, StudyRow
@@ -36,7 +36,8 @@ def accept(session: Session, delivery: ClaimedDelivery, answers: Mapping[str, st
     statuses = note(session, delivery, answers)
     _close(session, delivery, DeliveryState.DELIVERED, error_code="")
     reach.answered(session, delivery.tenant, delivery.destination)
-    _event(session, delivery, "result_delivered", n_objects=len(statuses))
+    kind = "rejection_delivered" if delivery.is_rejection else "result_delivered"
+    _event(session, delivery, kind, n_objects=len(statuses))
     settle(session, delivery.analysis_id)
 
 
@@ -50,6 +51,8 @@ def postpone(
     """
     studies.lock(session, delivery.study_id)
     note(session, delivery, answers)
+    if _was_stopped(session, delivery, error_code):
+        return
     if _is_past(session, delivery.expires_at):
         _close(session, delivery, DeliveryState.EXPIRED, error_code=error_code)
         _event(session, delivery, "delivery_expired", is_alarm=True, reason_code=error_code)
@@ -79,6 +82,8 @@ def refuse(
     studies.lock(session, delivery.study_id)
     note(session, delivery, answers)
     reach.answered(session, delivery.tenant, delivery.destination)
+    if _was_stopped(session, delivery, error_code):
+        return
     refusals = session.scalar(
         update(DeliveryRow)
         .where(DeliveryRow.id == delivery.id)
@@ -119,12 +124,48 @@ def drop_if_over(session: Session, delivery: ClaimedDelivery) -> bool:
     return True
 
 
+def is_hindered(session: Session, delivery: ClaimedDelivery) -> bool:
+    """Whether it may not go on as things are now: its study is held, or it was taken back (H8)."""
+    if delivery.is_rejection:
+        return False
+    is_held = session.scalar(select(StudyRow.is_held).where(StudyRow.id == delivery.study_id))
+    return bool(is_held) or withdrawals.is_withdrawn(
+        session, delivery.analysis_id, delivery.result_id
+    )
+
+
+def begin(session: Session, delivery: ClaimedDelivery, sop_instance_uid: str) -> bool:
+    """Before an object leaves: whether it may. If so, it is written down that it may arrive.
+
+    Without that a line that breaks before the answer would leave an object in an archive that no
+    rejection note names.
+    """
+    if is_hindered(session, delivery):
+        return False
+    note(session, delivery, {sop_instance_uid: IN_DOUBT})
+    return True
+
+
+def drop(session: Session, delivery: ClaimedDelivery) -> None:
+    """There is nothing to send: a rejection note for a destination that has nothing of it."""
+    _close(session, delivery, DeliveryState.DROPPED, error_code="")
+
+
 def release(
     session: Session, delivery: ClaimedDelivery, answers: Mapping[str, str] | None = None
 ) -> None:
-    """Give a claimed delivery back, as no try: the worker stops."""
+    """Give a claimed delivery back, as no try: the worker stops, or it may not go on now."""
     note(session, delivery, answers or {})
-    _wait_again(session, delivery, "", dt.timedelta(0), count=False)
+    if not _was_stopped(session, delivery, ""):
+        _wait_again(session, delivery, "", dt.timedelta(0), count=False)
+
+
+def _was_stopped(session: Session, delivery: ClaimedDelivery, error_code: str) -> bool:
+    """End a delivery that was taken back while it was on its way; whether it was."""
+    if not withdrawals.is_withdrawn(session, delivery.analysis_id, delivery.result_id):
+        return False
+    _close(session, delivery, DeliveryState.WITHDRAWN, error_code=error_code)
+    return True
 
 
 def revise(session: Session, delivery: ClaimedDelivery, variant: str) -> ClaimedDelivery:
@@ -229,8 +270,11 @@ def _has_something(session: Session, delivery: ClaimedDelivery) -> bool:
 def _is_overtaken(session: Session, delivery: ClaimedDelivery) -> bool:
     """Whether something newer waits for the same place.
 
-    A result that the destination has nothing of yet is not overtaken by a notice.
+    A result that the destination has nothing of yet is not overtaken by a notice, and a rejection
+    note by nothing.
     """
+    if delivery.is_rejection:
+        return False
     newer = session.scalars(
         select(DeliveryRow.result_id).where(
             DeliveryRow.analysis_id == delivery.analysis_id,
@@ -267,5 +311,6 @@ def _event(
         analysis_id=delivery.analysis_id,
         is_alarm=is_alarm,
         destination=delivery.destination,
+        **({"what": "rejection note"} if delivery.is_rejection else {}),
         **detail,
     )

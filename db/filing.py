@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from config.tenants import Tenant
 from db import studies
-from db.aside import Arrival, quarantine
+from db.aside import Arrival, keep_out
 from db.errors import StaleAnalysis
 from db.files import same_content, store_path
 from db.header import InstanceHeader
@@ -29,7 +29,8 @@ from db.tables import (
     StudyRow,
 )
 
-_PATIENT = (
+#: Of a study's row: who it is about.
+PATIENT = (
     "patient_id",
     "issuer_of_patient_id",
     "patient_name",
@@ -63,28 +64,23 @@ def file_study(
         if first := firsts.get(item.uid):
             if first.stored_at is not None:
                 dropped += _file_again(session, data_dir, first, item)
-        elif study is not None and not is_same_patient(_patient_of(study), item.described.patient):
+        elif study is not None and not is_same_patient(patient_of(study), item.described.patient):
             reason = "Its patient is not the one this study belongs to."
             trouble = Trouble("second_patient", reason, is_conflict=True)
-            _set_aside(session, item, trouble, study)
+            dropped += keep_out(session, data_dir, item, trouble, study)
         else:
-            study = study or _created(session, tenant, item)
+            study = study or created(session, tenant, item)
             _fill_issuer(study, item)
             accepted[item.uid] = item
     if study is not None and accepted:
-        _accept(session, study, tenant, list(accepted.values()))
+        accept(session, study, tenant, list(accepted.values()))
     return dropped
-
-
-def _set_aside(session: Session, item: Arrival, trouble: Trouble, study: StudyRow | None) -> None:
-    said = item.described.header
-    quarantine(session, item.spooled, item.source, trouble, uid=item.uid, said=said, study=study)
 
 
 def study_of(session: Session, source: Provenance, found: Described) -> StudyRow | None:
     """The study that an instance says it is of, if that is open and of the same patient."""
     study = locked(session, source, found)
-    is_its = study is not None and is_same_patient(_patient_of(study), found.patient)
+    is_its = study is not None and is_same_patient(patient_of(study), found.patient)
     return study if is_its else None
 
 
@@ -101,7 +97,7 @@ def locked(session: Session, source: Provenance, found: Described) -> StudyRow |
     )
 
 
-def _created(session: Session, tenant: Tenant | None, item: Arrival) -> StudyRow:
+def created(session: Session, tenant: Tenant | None, item: Arrival) -> StudyRow:
     """The study as its first instance describes it."""
     source, patient = item.source, item.described.patient
     wanted = lane(tenant.lane_of(source.calling_ae)) if tenant else Lane.ROUTINE
@@ -113,7 +109,7 @@ def _created(session: Session, tenant: Tenant | None, item: Arrival) -> StudyRow
             study_instance_uid=item.described.header.study_instance_uid,
             sender=source.calling_ae,
             lane=wanted,
-            **{name: patient[name] for name in _PATIENT},
+            **{name: patient[name] for name in PATIENT},
         )
         # Another intake may have been first; then its patient counts, and we come again.
         .on_conflict_do_nothing()
@@ -150,15 +146,14 @@ def _file_again(
     session: Session, data_dir: Path, first: InstanceRow, item: Arrival
 ) -> list[Spooled]:
     """A SOP Instance UID that is stored already: duplicate, variant or conflict."""
-    stored = Stored(
-        header=InstanceHeader.from_json(first.header),
-        pixel_sha256=first.pixel_sha256,
-        identity_sha256=first.identity_sha256,
-    )
     study = session.get_one(StudyRow, first.study_id, with_for_update={"key_share": True})
-    if trouble := conflict(stored, item.described):
-        _set_aside(session, item, trouble, study)
-        return []
+    # It was read before the lock where it is of another study than the newcomer says.
+    present = session.get(InstanceRow, first.id, populate_existing=True)
+    if present is None:
+        raise StaleAnalysis("an operator has just replaced the instance that was there first")
+    first = present
+    if trouble := conflict(stored(study, first), item.described):
+        return keep_out(session, data_dir, item, trouble, study)
     path = store_path(data_dir, first.tenant, first.study_id, first.id)
     if same_content(path, item.spooled.path):
         log.info("duplicate_dropped", instance_id=str(item.spooled.id))
@@ -175,8 +170,18 @@ def _file_again(
     return [item.spooled]
 
 
-def _patient_of(study: StudyRow) -> dict[str, str]:
-    return {name: getattr(study, name) for name in _PATIENT}
+def stored(study: StudyRow, row: InstanceRow) -> Stored:
+    """What is remembered of an instance of a study."""
+    return Stored(
+        header=InstanceHeader.from_json(row.header),
+        pixel_sha256=row.pixel_sha256,
+        identity_sha256=row.identity_sha256,
+        patient=patient_of(study),
+    )
+
+
+def patient_of(study: StudyRow) -> dict[str, str]:
+    return {name: getattr(study, name) for name in PATIENT}
 
 
 def _fill_issuer(study: StudyRow, item: Arrival) -> None:
@@ -185,9 +190,10 @@ def _fill_issuer(study: StudyRow, item: Arrival) -> None:
         study.issuer_of_patient_id = item.described.patient["issuer_of_patient_id"]
 
 
-def _accept(
+def accept(
     session: Session, study: StudyRow, tenant: Tenant | None, arrivals: Sequence[Arrival]
-) -> None:
+) -> int:
+    """Rows for instances that may join a locked study; returns how many are new."""
     inserted = set(
         session.scalars(
             insert(InstanceRow)
@@ -199,7 +205,7 @@ def _accept(
     )
     arrivals = [item for item in arrivals if item.spooled.id in inserted]
     if not arrivals:
-        return
+        return 0
     study.n_instances += len(arrivals)
     study.inputs_version += len(arrivals)
     study.row_version += 1
@@ -220,6 +226,7 @@ def _accept(
     )
     if tenant:
         let_analyse(session, study, tenant)
+    return len(arrivals)
 
 
 def _row(study: StudyRow, item: Arrival) -> dict[str, Any]:

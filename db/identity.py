@@ -103,6 +103,7 @@ class Stored:
     header: InstanceHeader
     pixel_sha256: str
     identity_sha256: str
+    patient: Mapping[str, str]  # as its study has it; that of its own file may be spelled otherwise
 
 
 def conflict(first: Stored, newcomer: Described) -> Trouble | None:
@@ -121,8 +122,10 @@ def conflict(first: Stored, newcomer: Described) -> Trouble | None:
 def _differing(first: Stored, newcomer: Described) -> list[str]:
     found = []
     if first.identity_sha256 != newcomer.identity_sha256:
-        old, new = first.header.to_json(), newcomer.header.to_json()
-        found = [words for field, words in _COMPARED.items() if old[field] != new[field]]
+        found = [
+            *(one.what for one in patient_differences(first.patient, newcomer.patient)),
+            *(one.what for one in header_differences(first.header, newcomer.header)),
+        ]
         found = list(dict.fromkeys(found)) or ["the patient or a frame's geometry"]
     same_encoding = encoding_of(first.header.transfer_syntax_uid) == encoding_of(
         newcomer.header.transfer_syntax_uid
@@ -132,6 +135,43 @@ def _differing(first: Stored, newcomer: Described) -> list[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """In what a newcomer differs; its values are for an operator's eyes, never for a log."""
+
+    what: str
+    first: str
+    newcomer: str
+
+
+def patient_differences(first: Mapping[str, str], newcomer: Mapping[str, str]) -> list[Difference]:
+    """In what two instances do not name the same person in the same words."""
+    pairs = zip(_WHO.values(), who(first), who(newcomer), strict=True)
+    return [Difference(words, old, new) for words, old, new in pairs if old != new]
+
+
+def header_differences(first: InstanceHeader, newcomer: InstanceHeader) -> list[Difference]:
+    """In what two instances of one UID differ, other than patient and pixels."""
+    old, new = first.to_json(), newcomer.to_json()
+    return [
+        Difference(words, str(old[field]), str(new[field]))
+        for field, words in _COMPARED.items()
+        if old[field] != new[field]
+    ]
+
+
+def who(patient: Mapping[str, str]) -> tuple[str, ...]:
+    """All by which a study says whose it is: its instances must not disagree in it."""
+    return tuple(_name(patient) if key == "patient_name" else patient[key] for key in _WHO)
+
+
+_WHO = {  # field of the study's row -> what to call it
+    "patient_id": "patient ID",
+    "issuer_of_patient_id": "issuer of the patient ID",
+    "patient_name": "patient name",
+    "patient_birth_date": "birth date",
+    "patient_sex": "sex",
+}
 _COMPARED = {  # header field -> what to call it
     "sop_class_uid": "SOP class",
     "study_instance_uid": "study",

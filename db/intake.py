@@ -234,7 +234,9 @@ class Intake:
         accepted = select(InstanceRow.id, InstanceRow.tenant, InstanceRow.study_id)
         for key, tenant, study_id in session.execute(accepted.where(InstanceRow.id.in_(ids))):
             found[key] = store_path(self._data_dir, tenant, study_id, key)
-        held = select(QuarantineRow.id, QuarantineRow.tenant).where(QuarantineRow.id.in_(ids))
+        held = select(QuarantineRow.id, QuarantineRow.tenant).where(
+            QuarantineRow.id.in_(ids), QuarantineRow.state != "RELEASED"
+        )
         for key, tenant in session.execute(held):
             found[key] = quarantine_path(self._data_dir, tenant, key)
         returned = select(ReturnedRow.id, ReturnedRow.tenant).where(ReturnedRow.id.in_(ids))

@@ -56,7 +56,7 @@ class Notice:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         fields = dict(value)
         fields["model"] = ModelIdentity(**fields["model"])
-        fields["output"] = _output(fields["output"])
+        fields["output"] = output_from(fields["output"])
         fields["source"] = ImageRef(**fields["source"])
         return cls(**fields)
 
@@ -178,7 +178,7 @@ def _notice(session: Session, row: AnalysisRow, source: ImageRef) -> Notice:
         notice_uuid=str(uuid.uuid4()),
         ended_at=row.updated_at.astimezone(dt.UTC).isoformat(timespec="seconds"),
         model=ModelIdentity(**bundle.model),
-        output=_output(bundle.output),
+        output=output_from(bundle.output),
         source=source,
         is_failure=row.state == AnalysisState.FAILED,
         code=row.reason_code,
@@ -213,5 +213,6 @@ def _reference(row: InstanceRow) -> ImageRef:
     )
 
 
-def _output(value: Mapping[str, Any]) -> OutputSpec:
+def output_from(value: Mapping[str, Any]) -> OutputSpec:
+    """As it is stored in findings, notices, withdrawals and bundles."""
     return OutputSpec(**{**value, "procedure": Code(**value["procedure"])})

@@ -45,6 +45,8 @@ def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysi
     """Send the stored objects once more, the same bytes, to every destination."""
     studies.lock(session, studies.load(session, analysis_id).study_id)
     analysis = studies.load(session, analysis_id)
+    if analysis.state is AnalysisState.WITHDRAWN:
+        raise IllegalMove("the result was withdrawn and is never sent again; `rerun` makes another")
     if analysis.state not in (AnalysisState.DELIVERED, AnalysisState.DELIVERED_IN_PART):
         raise IllegalMove(f"nothing to send again: the analysis is {analysis.state}")
     result_id = session.scalar(
@@ -89,14 +91,16 @@ def discard(session: Session, quarantined: uuid.UUID, *, actor: str) -> None:
         If nothing open goes by that id.
     """
     row = session.get(QuarantineRow, quarantined)
+    if row is not None and row.study_id is not None:
+        studies.lock(session, row.study_id)
+    # As it is now: it may have been released meanwhile.
+    row = session.get(QuarantineRow, quarantined, with_for_update=True, populate_existing=True)
     if row is None or row.state != "OPEN":
         raise NotOpen("nothing that is open in the quarantine goes by this id")
-    if row.study_id is not None:
-        studies.lock(session, row.study_id)
     row.state, row.decided_at, row.decided_by = "DISCARDED", func.now(), actor
     session.flush()
     if row.study_id is not None:
-        _hold_while_open(session, row.study_id)
+        hold_while_open(session, row.study_id)
         if row.code == CutOff.code:
             _judge_anew(session, row.study_id)
     studies.record(
@@ -112,7 +116,8 @@ def discard(session: Session, quarantined: uuid.UUID, *, actor: str) -> None:
     )
 
 
-def _hold_while_open(session: Session, study_id: int) -> None:
+def hold_while_open(session: Session, study_id: int) -> None:
+    """Hold a study as long as a conflict is open, and no longer."""
     is_open = session.scalar(
         select(
             exists().where(

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from enum import StrEnum
 
-from sqlalchemy import func, select, true, update
+from sqlalchemy import exists, func, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -17,7 +17,7 @@ from config.tenants import Destination
 from db import studies
 from db.answers import has_something
 from db.study import AnalysisEvent, AnalysisState
-from db.tables import DeliveryRow, DestinationRow, NoticeRow, ResultRow
+from db.tables import DeliveryRow, DestinationRow, NoticeRow, ResultRow, WithdrawalRow
 
 
 class DeliveryState(StrEnum):
@@ -27,6 +27,7 @@ class DeliveryState(StrEnum):
     REFUSED = "REFUSED"  # the destination would not have some of it
     EXPIRED = "EXPIRED"
     DROPPED = "DROPPED"  # a newer result took its place before any of it was sent
+    WITHDRAWN = "WITHDRAWN"  # an operator took it back before all of it was sent
 
 
 OPEN = (DeliveryState.WAITING, DeliveryState.SENDING)
@@ -72,7 +73,7 @@ def _make_way(
 
     `claims.claim_due` keeps the order. What was refused in part is not waited for: that may take
     most of a day. A notice takes no result's place: a finding must not be lost to a page that
-    there is none.
+    there is none. Nor does anything take a rejection note's place.
     """
     notices = select(NoticeRow.id).where(NoticeRow.analysis_id == analysis.id)
     older = (
@@ -80,6 +81,7 @@ def _make_way(
         DeliveryRow.destination.in_(destinations),
         DeliveryRow.result_id != result_id,
         DeliveryRow.state == DeliveryState.WAITING,
+        ~exists().where(WithdrawalRow.id == DeliveryRow.result_id),
     )
     refused = session.execute(
         update(DeliveryRow)

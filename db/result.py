@@ -195,6 +195,18 @@ class Eligibility:
 
 
 @dataclass(frozen=True, slots=True)
+class SentObject:
+    """An object of ours that a destination has, or may have."""
+
+    result_id: str  # of the result or notice it is of
+    role: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    is_certain: bool  # accepted; else sent, and whether it arrived is not known
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """The numbers of one result, persisted before any object is built from them."""
 

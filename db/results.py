@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from db import queue, studies
 from db.result import Eligibility, Finding
 from db.study import AnalysisEvent
-from db.tables import NoticeRow, ResultRow
+from db.tables import NoticeRow, ResultRow, WithdrawalRow
 
 
 def store_finding(
@@ -91,12 +91,13 @@ def refuse(
 
 
 def next_no(session: Session, analysis: studies.Analysis) -> int:
-    """The number of what is issued next; results and notices share one sequence."""
+    """The number of what is issued next; results, notices and withdrawals share one sequence."""
     studies.lock(session, analysis.study_id)  # nobody else draws meanwhile
-    noticed = session.scalar(
-        select(func.max(NoticeRow.result_no)).where(NoticeRow.analysis_id == analysis.id)
+    drawn = (
+        session.scalar(select(func.max(table.result_no)).where(table.analysis_id == analysis.id))
+        for table in (ResultRow, NoticeRow, WithdrawalRow)
     )
-    return 1 + max(analysis.result_no, noticed or 0)
+    return 1 + max(number or 0 for number in drawn)
 
 
 def latest(session: Session, analysis_id: int) -> ResultRow | None:

@@ -6,12 +6,15 @@ The unit of work is the analysis: one study, seen by one bundle, over one set of
                           |--> NOT_ANALYSED (a reason; a notice)      '--> DELIVERED_IN_PART
                           '--> FAILED (a reason; a notice)
 
+    from anywhere, once something was issued:  --an operator's hand--> WITHDRAWN (a rejection note)
+
 Three counters that must never be confused:
 
 - `row_version` changes with every write: the compare-and-swap.
 - `inputs_version` changes with every instance accepted into the study.
-- `result_no` numbers what is issued for an analysis, results and notices that there is none: what
-  people see as REVISION n. An analysis holds that of its newest result.
+- `result_no` numbers what is issued for an analysis, results, notices that there is none, and
+  withdrawals of both: what people see as REVISION n. An analysis holds that of its newest result,
+  0 where none stands.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,6 +33,7 @@ class AnalysisState(StrEnum):
     DELIVERED_IN_PART = "DELIVERED_IN_PART"  # a refusal or an expiry, named in the events
     NOT_ANALYSED = "NOT_ANALYSED"  # the bundle cannot judge this study, with rule, value and limit
     FAILED = "FAILED"  # gave up, with a reason
+    WITHDRAWN = "WITHDRAWN"  # an operator took back all that was issued; a rejection note says so
 
 
 class AnalysisEvent(StrEnum):
@@ -43,19 +47,23 @@ class AnalysisEvent(StrEnum):
     SOME_REFUSED = "SOME_REFUSED"  # at least one destination refused or expired
     RERUN = "RERUN"  # an operator's hand
     RESEND = "RESEND"  # an operator's hand: the same bytes once more
+    WITHDRAWN = "WITHDRAWN"  # an operator's hand: nothing that was issued stands any more
 
 
 _S, _E = AnalysisState, AnalysisEvent
 
 #: Every state in which nothing more happens by itself.
-SETTLED = frozenset({_S.DELIVERED, _S.DELIVERED_IN_PART, _S.NOT_ANALYSED, _S.FAILED})
+SETTLED = frozenset({_S.DELIVERED, _S.DELIVERED_IN_PART, _S.NOT_ANALYSED, _S.FAILED, _S.WITHDRAWN})
 
 # Every legal move is listed; what is absent is a bug, never a default.
 TRANSITIONS: Mapping[tuple[AnalysisState, AnalysisEvent], AnalysisState] = {
-    # Late slices reopen any analysis: half a series must not keep the last word.
+    # Late slices reopen any analysis: half a series must not keep the last word. (A withdrawn one
+    # they leave alone: only a correction that an operator releases opens it. See inference.)
     **{(state, _E.INPUTS_CHANGED): _S.WAITING for state in AnalysisState},
     # QUEUED has its job already; every other state may be run again by hand.
     **{(state, _E.RERUN): _S.QUEUED for state in AnalysisState if state is not _S.QUEUED},
+    # Also while it is open again: an older result may be out.
+    **{(state, _E.WITHDRAWN): _S.WITHDRAWN for state in AnalysisState if state is not _S.WITHDRAWN},
     (_S.WAITING, _E.SERIES_READY): _S.QUEUED,
     # Readiness may already see that no series can ever qualify.
     (_S.WAITING, _E.NOT_ELIGIBLE): _S.NOT_ANALYSED,
@@ -92,6 +100,13 @@ def advance(state: AnalysisState, event: AnalysisEvent) -> AnalysisState:
         return TRANSITIONS[state, event]
     except KeyError:
         raise IllegalMove(f"no move from {state} on {event}") from None
+
+
+class WithdrawalReason(StrEnum):
+    """Why results are taken back, as archives are told (IHE IOCM)."""
+
+    PATIENT_SAFETY = "patient-safety"  # wrong patient, wrong study, harmful: not to be seen
+    QUALITY = "quality"  # of no use
 
 
 class StudyState(StrEnum):

@@ -247,6 +247,24 @@ class NoticeRow(Base):
     at: Mapped[dt.datetime] = _now()
 
 
+class WithdrawalRow(Base):
+    """That all issued of an analysis before it is taken back; stored first, never changed."""
+
+    __tablename__ = "withdrawals"
+    __table_args__ = (UniqueConstraint("analysis_id", "result_no"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    analysis_id: Mapped[int] = mapped_column(ForeignKey("analyses.id", ondelete="CASCADE"))
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"), index=True)
+    tenant: Mapped[str]
+    origin: Mapped[str]
+    bundle: Mapped[str]
+    result_no: Mapped[int] = mapped_column(Integer)  # one sequence with results and notices
+    withdrawal: Mapped[dict[str, Any]]  # db.withdrawals.Withdrawal
+    actor: Mapped[str]
+    at: Mapped[dt.datetime] = _now()
+
+
 class ActivationRow(Base):
     """Which version of a bundle serves a tenant: the newest row counts, none is ever changed."""
 
@@ -327,7 +345,7 @@ class ObjectRow(Base):
     __table_args__ = (UniqueConstraint("result_id", "variant", "sop_instance_uid"),)
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    result_id: Mapped[uuid.UUID] = mapped_column(index=True)  # of a result or a notice
+    result_id: Mapped[uuid.UUID] = mapped_column(index=True)  # of a result, notice or withdrawal
     analysis_id: Mapped[int] = mapped_column(
         ForeignKey("analyses.id", ondelete="CASCADE"), index=True
     )
@@ -335,7 +353,7 @@ class ObjectRow(Base):
     tenant: Mapped[str]
     origin: Mapped[str]
     variant: Mapped[str]  # what differs per destination; "" is the plain one
-    role: Mapped[str]  # summary | overlay | pm | sr | ko, in sending order
+    role: Mapped[str]  # summary | overlay | pm | sr | ko, in sending order; or rejection
     seq: Mapped[int] = mapped_column(Integer)  # order on the association
     sop_class_uid: Mapped[str]
     sop_instance_uid: Mapped[str] = mapped_column(index=True)
@@ -347,7 +365,7 @@ class ObjectRow(Base):
 
 
 class DeliveryRow(Base):
-    """The outbox: one row per result or notice, and destination."""
+    """The outbox: one row per result, notice or withdrawal, and destination."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -361,7 +379,7 @@ class DeliveryRow(Base):
     )
 
     id: Mapped[int] = _key()
-    result_id: Mapped[uuid.UUID]  # of a result or a notice
+    result_id: Mapped[uuid.UUID]  # of a result, notice or withdrawal
     analysis_id: Mapped[int] = mapped_column(
         ForeignKey("analyses.id", ondelete="CASCADE"), index=True
     )

@@ -4,6 +4,7 @@ import datetime as dt
 import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,14 +16,15 @@ from sqlalchemy.orm import Session
 
 from config.settings import Settings
 from config.tenants import Destination, Tenant
-from db import notices
+from db import notices, withdrawals
 from db.errors import PermanentError
 from db.files import result_folder, write_durably
 from db.notices import Notice
 from db.queue import ClaimedJob
 from db.result import Finding, ImageRef
 from db.sandbox import Sandbox
-from db.tables import NoticeRow, ObjectRow, ResultRow, StudyRow
+from db.tables import NoticeRow, ObjectRow, ResultRow, StudyRow, WithdrawalRow
+from db.withdrawals import Withdrawal
 from dicom_sr import earlier
 from dicom_sr.build import BuiltObject, build_objects
 from dicom_sr.inputs import Inputs, Subject
@@ -35,6 +37,7 @@ from dicom_sr.plan import (
     Variant,
     roles_of,
 )
+from dicom_sr.rejection import build_rejections
 from dicom_sr.times import parse_time
 
 log = structlog.get_logger()
@@ -60,9 +63,10 @@ class Assembler:
         self._inputs.warm()
 
     def subject(self, session: Session, result_id: uuid.UUID) -> Subject:
-        """What is issued under an id: a result, else a notice."""
-        row: ResultRow | NoticeRow | None = session.get(ResultRow, result_id)
-        row = row or session.get_one(NoticeRow, result_id)
+        """What is issued under an id: a result, a notice or a withdrawal."""
+        row: ResultRow | NoticeRow | WithdrawalRow | None = session.get(ResultRow, result_id)
+        row = row or session.get(NoticeRow, result_id)
+        row = row or session.get_one(WithdrawalRow, result_id)
         study = session.get_one(StudyRow, row.study_id)
         return Subject(
             result_id=row.id,
@@ -73,11 +77,7 @@ class Assembler:
             tenant=row.tenant,
             origin=row.origin,
             bundle=row.bundle,
-            content=(
-                Finding.from_json(row.finding)
-                if isinstance(row, ResultRow)
-                else Notice.from_json(row.notice)
-            ),
+            content=_content(row),
         )
 
     def notice(self, job: ClaimedJob) -> Subject:
@@ -116,6 +116,10 @@ class Assembler:
     ) -> Variant:
         """What a destination gets, given what it accepted of earlier results."""
         first = Variant.of(destination, tenant, subject.bundle)
+        if isinstance(subject.content, Withdrawal):
+            row = session.get_one(WithdrawalRow, subject.result_id)
+            rejects = withdrawals.sent_to(session, row, destination.name)
+            return replace(first, rejects=tuple(rejects))
         return earlier.over(session, subject, destination.name, first)
 
     def plain(self, subject: Subject, tenant: Tenant) -> Variant:
@@ -138,15 +142,19 @@ class Assembler:
             If the disk is full or a child died.
         """
         content = subject.content
-        wanted = {v.key: v for v in variants if isinstance(content, Notice) or roles_of(content, v)}
+        wanted = {
+            v.key: v for v in variants if not isinstance(content, Finding) or roles_of(content, v)
+        }
         with Session(self._engine) as session:
             missing = [v for key, v in wanted.items() if not self._is_stored(session, subject, key)]
         if not missing:
             return
-        if isinstance(content, Notice):
+        if isinstance(content, Finding):
+            self._build_result(subject, content, missing)
+        elif isinstance(content, Notice):
             self._build_notice(subject, content, missing)
         else:
-            self._build_result(subject, content, missing)
+            self._build_rejections(subject, content, missing)
 
     def _build_result(
         self, subject: Subject, finding: Finding, variants: Sequence[Variant]
@@ -167,6 +175,22 @@ class Assembler:
         for variant in variants:
             built = build_notice(notice, header, context, variant)
             self._store(subject, variant.key, [built])
+
+    def _build_rejections(
+        self, subject: Subject, withdrawal: Withdrawal, variants: Sequence[Variant]
+    ) -> None:
+        """Under the identity under which the objects went, whatever the study is by now."""
+        context = self._context(subject, withdrawal.withdrawn_at)
+        for variant in variants:
+            headers = {
+                result_id: self._inputs.header_of_own(
+                    subject.tenant, [one for one in variant.rejects if one.result_id == result_id]
+                )
+                for result_id in dict.fromkeys(one.result_id for one in variant.rejects)
+            }
+            self._store(
+                subject, variant.key, build_rejections(withdrawal, headers, context, variant)
+            )
 
     def path(self, subject: Subject, sop_instance_uid: str) -> Path:
         # Our own UIDs only: digits and dots.
@@ -217,6 +241,14 @@ class Assembler:
         for one in built:
             if known.get(one.sop_instance_uid, _sha256(one)) != _sha256(one):
                 raise BuiltDifferently("a lost object cannot be built again with the same bytes")
+
+
+def _content(row: ResultRow | NoticeRow | WithdrawalRow) -> Finding | Notice | Withdrawal:
+    if isinstance(row, ResultRow):
+        return Finding.from_json(row.finding)
+    if isinstance(row, NoticeRow):
+        return Notice.from_json(row.notice)
+    return Withdrawal.from_json(row.withdrawal)
 
 
 def _left_out(finding: Finding, variant: Variant, built: Sequence[BuiltObject]) -> list[str]:

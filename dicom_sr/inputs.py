@@ -2,9 +2,10 @@
 
 import io
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 from zipfile import BadZipFile
@@ -17,8 +18,9 @@ from db.errors import ChildDied, NodeError, PermanentError
 from db.files import result_folder, storage_errors, store_path
 from db.notices import Notice
 from db.pixels import read_images
-from db.result import Finding, ImageRef
+from db.result import Finding, ImageRef, SentObject
 from db.sandbox import Answer, Sandbox
+from db.withdrawals import Withdrawal
 from dicom_sr.build import Floats
 from dicom_sr.evidence import unfit
 from dicom_sr.plan import needed_images
@@ -29,6 +31,12 @@ log = structlog.get_logger()
 READ_TIMEOUT_S = 60.0
 #: A child that died may have been unlucky; twice on one file is the file's doing.
 MAX_DEATHS = 2
+
+
+class ObjectGone(PermanentError):
+    """None of a result's objects can be read any more: nobody knows under whose name it went."""
+
+    code: ClassVar[str] = "objects_gone"
 
 
 class InstanceGone(PermanentError):
@@ -57,7 +65,7 @@ class MapsGone(PermanentError):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A result or a notice, and where its study's files are."""
+    """A result, a notice or a withdrawal, and where its study's files are."""
 
     result_id: uuid.UUID
     result_no: int
@@ -67,7 +75,7 @@ class Subject:
     tenant: str
     origin: str
     bundle: str
-    content: Finding | Notice
+    content: Finding | Notice | Withdrawal
 
 
 class Inputs:
@@ -104,6 +112,21 @@ class Inputs:
         if found != (image.sop_instance_uid, study_instance_uid):
             raise WrongSource("a stored instance does not name the analysed image and study")
         return header
+
+    def header_of_own(self, tenant: str, objects: Sequence[SentObject]) -> Dataset:
+        """Patient and study as the objects of one result name them: the first that can be read."""
+        for one in objects:
+            folder = result_folder(self._data_dir, tenant, uuid.UUID(one.result_id))
+            path = (folder / f"{one.sop_instance_uid}.dcm").resolve()
+            if not path.is_file():
+                continue
+            _, (blob,) = self._read(
+                partial(self._sandbox.run, read_header, str(path), None, timeout_s=READ_TIMEOUT_S)
+            )
+            header = parsed(blob)
+            if str(header.get("SOPInstanceUID", "")) == one.sop_instance_uid:
+                return header
+        raise ObjectGone("none of the objects that were sent is in the store any more")
 
     def pixels(self, subject: Subject, finding: Finding) -> Mapping[int, Floats]:
         keys = finding.key_images if finding.is_positive else ()

@@ -18,7 +18,7 @@ def key_objects(plan: Plan, headers: Mapping[int, Dataset]) -> Dataset:
     overlays = references.captures(plan, overlays=True, page=False)
     tree = hd.ko.KeyObjectSelection(
         document_title=codes.DCM.OfInterest,
-        referenced_objects=[_as_image(item) for item in (*sources, *overlays)],
+        referenced_objects=[as_image(item) for item in (*sources, *overlays)],
         observer_device_context=report.observer(plan),
         description=f"{output.title}: key images chosen by {output.algorithm}",
     )
@@ -30,27 +30,33 @@ def key_objects(plan: Plan, headers: Mapping[int, Dataset]) -> Dataset:
         **evidence.series_values(plan, KEYS, plan.finding.output.key_series),
     )
     frames = [*(image.frame for image in images), *(one.frame for one in plan.pictures)]
-    _tidy(built, frames)
+    tidy(built)
+    _name_frames(built, frames)
     evidence.keep_evidence(built, [*sources, *overlays])
     evidence.stamp(built, plan, headers[0])
     return built
 
 
-def _as_image(item: Dataset) -> Dataset:
+def as_image(item: Dataset) -> Dataset:
     """highdicom takes an instance for an image where it has a matrix."""
     item.Rows = item.Columns = 1
     return item
 
 
-def _tidy(built: Dataset, frames: Sequence[int | None]) -> None:
-    """Mend what highdicom cannot say; the references are to these `frames`, in this order.
+def tidy(built: Dataset) -> None:
+    """Mend what highdicom cannot say of a key object selection.
 
-    It names the references `Source`, which rows 8 to 10 of TID 2010 forbid, and knows no frames.
+    It names the references `Source`, which rows 8 to 10 of TID 2010 forbid.
     """
     report.separate(built)
+    for item in built.ContentSequence:
+        if item.ValueType in ("IMAGE", "COMPOSITE"):
+            del item.ConceptNameCodeSequence
+
+
+def _name_frames(built: Dataset, frames: Sequence[int | None]) -> None:
+    """The references are to these `frames`, in this order; highdicom knows none."""
     references = [item for item in built.ContentSequence if item.ValueType == "IMAGE"]
-    for item in references:
-        del item.ConceptNameCodeSequence
     for item, frame in zip(references, frames, strict=True):
         if frame is not None:
             item.ReferencedSOPSequence[0].ReferencedFrameNumber = frame

@@ -15,7 +15,15 @@ from pydicom.uid import (
 )
 
 from config.tenants import Destination, Tenant
-from db.result import Finding, ImageRef, KeyImage, LabelResult, ModelIdentity, OutputSpec
+from db.result import (
+    Finding,
+    ImageRef,
+    KeyImage,
+    LabelResult,
+    ModelIdentity,
+    OutputSpec,
+    SentObject,
+)
 from dicom_sr import uids
 from dicom_sr.times import minute, parse_time
 
@@ -26,8 +34,10 @@ MANUFACTURER = "Vigil"
 MODEL_NAME = "vigil"
 
 SUMMARY, OVERLAY, MAP, REPORT, KEYS = "summary", "overlay", "pm", "sr", "ko"
-#: Last part of the Series Number; also the roles there are.
-SERIES_DIGIT = {SUMMARY: 1, OVERLAY: 2, REPORT: 3, KEYS: 4, MAP: 5}
+REJECTION = "rejection"
+#: Last part of the Series Number; also the roles there are. A withdrawal has a number of its own,
+#: and no key images.
+SERIES_DIGIT = {SUMMARY: 1, OVERLAY: 2, REPORT: 3, KEYS: 4, REJECTION: 4, MAP: 5}
 #: Which roles may leave when nothing was found.
 NEGATIVE_ROLES = {
     "none": frozenset[str](),
@@ -73,6 +83,8 @@ class Variant:
     replaced_notice: str = ""  # when its notice was drawn, if that is newer than any result
     replaced_verdict: str = NOT_PROCESSED  # what that notice said
     has_unsent: bool = False  # of a notice: there is a newer result, which the peer does not have
+    withdrawn_result: str = ""  # when the newest began that was taken back, if nothing followed it
+    rejects: tuple[SentObject, ...] = ()  # of a withdrawal: what the peer has, or may have
 
     @property
     def key(self) -> str:
@@ -133,7 +145,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Issue(ABC):
-    """What one destination gets of a result, or of a notice that there is none."""
+    """What one destination gets of a result, of a notice that there is none, or of a withdrawal."""
 
     context: Context
     variant: Variant
@@ -192,9 +204,10 @@ class Issue(ABC):
     @property
     def revision_words(self) -> str:
         """Empty for the first that this peer gets; it may be the third that was issued."""
-        if not (self.variant.earlier_result or self.variant.replaced_notice):
-            return ""
         words = f"REVISION {self.context.result_no}"
+        if not (self.variant.earlier_result or self.variant.replaced_notice):
+            old = self.variant.withdrawn_result
+            return f"{words} - AI result of {minute(self.local(old))} withdrawn" if old else ""
         replaced = self._replaced_words
         return f"{words} - replaces {replaced}" if replaced else words
 

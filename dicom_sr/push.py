@@ -102,14 +102,14 @@ def time_limit_s(peer: Peer, size_bytes: int) -> float:
 def push(
     peer: Peer,
     parcels: Sequence[Parcel],
-    may_go_on: Callable[[float], bool] = lambda _: True,
+    may_go_on: Callable[[str, float], bool] = lambda *_: True,
     note: Callable[[str, Answer], None] = lambda *_: None,
 ) -> Delivery:
     """Send the parcels in order; stops early where trying on would be in vain.
 
     Of several reports (one result in several SR classes) the first whose class the peer accepts is
-    sent, and the others are not. `may_go_on` is asked before each object, which may take so many
-    seconds; `note` is told what the peer said of each, as it comes.
+    sent, and the others are not. `may_go_on` is asked before each object leaves, which may take so
+    many seconds; `note` is told what the peer said of each, as it comes.
     """
     try:
         with speaking(peer, proposed(parcels)) as (association, entity):
@@ -151,7 +151,7 @@ def _send_all(
     association: Association,
     peer: Peer,
     parcels: Sequence[Parcel],
-    may_go_on: Callable[[float], bool],
+    may_go_on: Callable[[str, float], bool],
     note: Callable[[str, Answer], None],
 ) -> Delivery:
     answers: dict[str, Answer] = {}
@@ -161,7 +161,7 @@ def _send_all(
             continue
         built = _read(association, parcel)
         limit_s = time_limit_s(peer, _size(built))
-        if not may_go_on(limit_s):
+        if built is not None and not may_go_on(parcel.sop_instance_uid, limit_s):
             return Delivery(answers, STOPPED)
         answer = _send(association, built, limit_s)
         if answer is None:

@@ -16,6 +16,7 @@ from dicom_sr.plan import (
     MODEL_NAME,
     REPORT,
     SR_CLASSES,
+    Issue,
     Plan,
 )
 
@@ -107,13 +108,13 @@ def content(plan: Plan, headers: Mapping[int, Dataset]) -> hd.sr.MeasurementRepo
     return tree
 
 
-def observer(plan: Plan) -> hd.sr.ObserverContext:
+def observer(plan: Issue) -> hd.sr.ObserverContext:
     """TID 1004: exactly this model made the observations."""
     return hd.sr.ObserverContext(
         observer_type=codes.DCM.Device,
         observer_identifying_attributes=hd.sr.DeviceObserverIdentifyingAttributes(
             uid=plan.device_uid,
-            name=plan.finding.output.algorithm,
+            name=plan.output.algorithm,
             manufacturer_name=MANUFACTURER,
             model_name=MODEL_NAME,
             serial_number=plan.context.node_serial,

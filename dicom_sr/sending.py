@@ -12,19 +12,18 @@ from sqlalchemy.orm import Session, aliased
 
 from config.settings import Settings
 from config.tenants import Destination, Tenant
-from db import claims, dispatch, reach
+from db import claims, dispatch, reach, replaced
 from db.answers import is_delivered, is_due
 from db.claims import ClaimedDelivery
-from db.describe import describe
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
-from db.identity import is_same_patient
 from db.notices import Notice
 from db.process import Stop
 from db.sandbox import Sandbox
-from db.tables import DeliveryRow, NoticeRow, ObjectRow, ResultRow, StudyRow
+from db.tables import DeliveryRow, NoticeRow, ObjectRow, ResultRow
+from dicom_sr import fit
 from dicom_sr.assemble import Assembler
 from dicom_sr.association import echo, peer_of
-from dicom_sr.inputs import READ_TIMEOUT_S, Subject
+from dicom_sr.inputs import Subject
 from dicom_sr.lease import Lease
 from dicom_sr.plan import REPORT
 from dicom_sr.push import STOPPED, Answer, Delivery, Outcome, Parcel, push
@@ -32,7 +31,6 @@ from dicom_sr.recording import NEVER, is_away, record
 
 log = structlog.get_logger()
 
-OTHER_PATIENT = "study_changed"
 #: After the last object: the release, the hanging up, the writing down.
 ENDING_S = 120.0
 
@@ -135,22 +133,46 @@ class Sender:
 
     def _deliver(self, delivery: ClaimedDelivery, lease: Lease, stop: Stop) -> None:
         subject = self._subject(delivery)
-        if not any(map(is_delivered, delivery.statuses.values())):
+        if delivery.is_rejection:
+            delivery = self._with_notes(delivery, subject)
+        elif not any(map(is_delivered, delivery.statuses.values())):
             delivery = self._up_to_date(delivery, subject)
         with Session(self._engine) as session:
             parcels = self._parcels(session, delivery, subject)
-            # As it is now: held, corrected or gone since the objects were built?
-            study = session.get_one(StudyRow, delivery.study_id)
-        if study.is_held:
+            is_hindered = dispatch.is_hindered(session, delivery)
+        if is_hindered:
             self._record(lambda session: dispatch.release(session, delivery), stop)
-        elif parcels and not self._is_about(parcels[0], study):
-            self._record(
-                lambda session: dispatch.withhold(session, delivery, error_code=OTHER_PATIENT), stop
-            )
-            log.error("delivery_withheld", reason_code=OTHER_PATIENT)
+        elif delivery.is_rejection and not delivery.variant:  # nothing ever arrived there
+            self._record(lambda session: dispatch.drop(session, delivery), stop)
+        elif why := self._why_not(delivery, subject, parcels):
+            self._record(lambda session: dispatch.withhold(session, delivery, error_code=why), stop)
+            log.error("delivery_withheld", reason_code=why)
         elif not self._is_over(delivery):
-            sent = self._push(delivery, parcels, lease, stop) if parcels else Delivery({})
+            sent = Delivery({})
+            if parcels:
+                sent = self._push(delivery, parcels, fit.images_of(subject), lease, stop)
             self._conclude(delivery, sent, stop)
+
+    def _why_not(
+        self, delivery: ClaimedDelivery, subject: Subject, parcels: Sequence[Parcel]
+    ) -> str:
+        """Why it must not go, as its study is now; a rejection note need not fit that."""
+        if delivery.is_rejection:
+            return ""
+        with Session(self._engine) as session:
+            return fit.why_not(session, self._sandbox, subject, parcels)
+
+    def _with_notes(self, delivery: ClaimedDelivery, subject: Subject) -> ClaimedDelivery:
+        """Build the notes, once: by now all is known that can be of what arrived there."""
+        if delivery.variant:
+            return delivery
+        with Session(self._engine) as session:
+            variant = self._assembler.variant(session, subject, self._tenant, self._destination)
+        if not variant.rejects:
+            return delivery
+        self._assembler.ensure(subject, [variant])
+        with Session(self._engine) as session, session.begin():
+            return dispatch.revise(session, delivery, variant.key)
 
     def _subject(self, delivery: ClaimedDelivery) -> Subject:
         try:
@@ -165,13 +187,36 @@ class Sender:
             return dispatch.drop_if_over(session, delivery)
 
     def _push(
-        self, delivery: ClaimedDelivery, parcels: Sequence[Parcel], lease: Lease, stop: Stop
+        self,
+        delivery: ClaimedDelivery,
+        parcels: Sequence[Parcel],
+        images: Sequence[str],
+        lease: Lease,
+        stop: Stop,
     ) -> Delivery:
-        def may_go_on(limit_s: float) -> bool:
+        def may_go_on(uid: str, limit_s: float) -> bool:
             lease.allow(limit_s + ENDING_S)
-            return lease.is_held() and not stop.is_set()
+            return lease.is_held() and not stop.is_set() and self._begin(delivery, images, uid)
 
         return push(self._peer, parcels, may_go_on, partial(self._note, delivery))
+
+    def _begin(self, delivery: ClaimedDelivery, images: Sequence[str], uid: str) -> bool:
+        """Whether the next object may leave; it may not once the study is held, say.
+
+        images : ids of the instances that it rests on
+
+        Where the database is away nobody can tell, and what was begun goes on.
+        """
+        try:
+            with Session(self._engine) as session, session.begin():
+                return not replaced.any_of(session, images) and dispatch.begin(
+                    session, delivery, uid
+                )
+        except DBAPIError as error:
+            if not is_away(error):
+                raise
+            log.warning("database_away", exc_type=type(error).__name__)
+            return True
 
     def _note(self, delivery: ClaimedDelivery, uid: str, answer: Answer) -> None:
         """At once, so that nothing is forgotten if this process dies in mid-send.
@@ -247,20 +292,13 @@ class Sender:
             parcel.read()
         return tuple(parcels)
 
-    def _is_about(self, parcel: Parcel, study: StudyRow) -> bool:
-        """Whether the object still names the patient and study that the row names now (H8)."""
-        path = str(parcel.path.resolve())  # the child runs in another folder
-        told, _ = self._sandbox.run(describe, path, timeout_s=READ_TIMEOUT_S)
-        same_study: bool = told["header"]["study_instance_uid"] == study.study_instance_uid
-        return same_study and is_same_patient(told["patient"], _patient_of(study))
-
     def _conclude(self, delivery: ClaimedDelivery, sent: Delivery, stop: Stop) -> None:
         answers = list(sent.answers.values())
         refused = [one.code for one in answers if one.outcome is Outcome.REFUSED]
         codes = {uid: answer.code for uid, answer in sent.answers.items()}
 
         def conclude(session: Session) -> None:
-            if sent.error == STOPPED and stop.is_set():
+            if sent.error == STOPPED and (stop.is_set() or dispatch.is_hindered(session, delivery)):
                 dispatch.release(session, delivery, codes)
             elif sent.error:
                 dispatch.postpone(session, delivery, codes, error_code=sent.error)
@@ -294,12 +332,3 @@ def _warn(answers: list[Answer]) -> None:
     for answer in answers:
         if answer.outcome is Outcome.WARNING:
             log.warning("object_accepted_with_warning", status=answer.code)
-
-
-def _patient_of(study: StudyRow) -> dict[str, str]:
-    return {
-        "patient_id": study.patient_id,
-        "issuer_of_patient_id": study.issuer_of_patient_id,
-        "patient_name": study.patient_name,
-        "patient_birth_date": study.patient_birth_date,
-    }

@@ -134,6 +134,10 @@ class Readiness:
             return
         headers = headers_of(session, study.id)
         analysis = studies.load(session, row.id)
+        if analysis.state is AnalysisState.WITHDRAWN:
+            # A late slice must not bring back by itself what an operator has taken back.
+            self._look_again(session, row, None)
+            return
         if self._is_as_before(session, analysis, version, headers):
             self._look_again(session, row, None)
             return

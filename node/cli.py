@@ -1,6 +1,7 @@
 """The `vigil` command. Everything heavy is imported inside the command that needs it."""
 
 import sys
+import uuid
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from config.settings import SettingsError
 from db.errors import NodeError
+from db.study import WithdrawalReason
 from node import administration, models
 from node.terminal import (
     FAILED,
@@ -49,6 +51,15 @@ def _not_blank(text: str) -> str:
     if not text.strip():
         raise typer.BadParameter("must not be blank")
     return text
+
+
+def _fit_for_a_note(text: str) -> str:
+    from db.withdrawals import BadWords, check_words
+
+    try:
+        return check_words(text)
+    except BadWords as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 StudyName = Annotated[
@@ -236,6 +247,38 @@ def resend(study: StudyName, tenant: TenantOption = "", config: Config = None) -
     console().print(act(study, tenant, config))
 
 
+@app.command(rich_help_panel=STUDIES)
+def withdraw(
+    study: StudyName,
+    reason: Annotated[
+        WithdrawalReason, typer.Option("--reason", help="The title of the rejection note.")
+    ] = WithdrawalReason.PATIENT_SAFETY,
+    words: Annotated[
+        str,
+        typer.Option(
+            "--note", metavar="TEXT", help="Goes into the note; ASCII.", callback=_fit_for_a_note
+        ),
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    tenant: TenantOption = "",
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Take back a study's results: a rejection note (IHE IOCM) goes wherever they went.
+
+    What was not sent yet never is. `rerun` makes a new result, which replaces nothing.
+    """
+    from node.withdraw import Asked, outlook, show
+    from node.withdraw import withdraw as act
+
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            raise typer.BadParameter("nobody is there to ask: say --yes", param_hint="--yes")
+        console().print(outlook(study, tenant, config))
+        typer.confirm(f"Withdraw them ({reason})?", abort=True)
+    report(act(Asked(study, tenant, reason, words), config), show, as_json=as_json)
+
+
 DataFolder = Annotated[
     Path,
     typer.Option("--data", metavar="DIR", exists=True, help="manifest.csv and its pictures."),
@@ -396,13 +439,44 @@ def quarantine_list(as_json: AsJson = False, config: Config = None) -> None:
 
 @quarantine.command("discard")
 def quarantine_discard(
-    entry: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")],
+    entry: Annotated[uuid.UUID, typer.Argument(metavar="ID", help="As `list` shows it.")],
+    as_json: AsJson = False,
     config: Config = None,
 ) -> None:
     """The newcomer is wrong: the first stays, and the study goes on. The file is kept."""
-    from node.quarantine import discard
+    from node.quarantine import discard, show_decision
 
-    console().print(discard(entry, config))
+    report(discard(entry, config), show_decision, as_json=as_json)
+
+
+@quarantine.command("release")
+def quarantine_release(
+    entry: Annotated[
+        uuid.UUID | None, typer.Argument(metavar="[ID]", help="As `list` shows it.")
+    ] = None,
+    study: Annotated[
+        str,
+        typer.Option(
+            "--study",
+            metavar="STUDY",
+            help="All that contradicts this study, as a correction of the whole of it.",
+        ),
+    ] = "",
+    tenant: TenantOption = "",
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """The newcomer is right: it joins its study, or takes the place of the first there.
+
+    What it replaces is set aside and can be released again. A study is never made two patients':
+    a corrected patient is released with --study, once all of the study has come again.
+    """
+    from node.quarantine import release, release_study, show_decision
+
+    if (entry is None) == (not study.strip()):
+        raise typer.BadParameter("give an ID, or --study", param_hint="ID")
+    done = release_study(study, tenant, config) if entry is None else release(entry, config)
+    report(done, show_decision, as_json=as_json)
 
 
 @app.command(rich_help_panel=ADMIN)

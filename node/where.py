@@ -23,11 +23,13 @@ from db.tables import (
     QuarantineRow,
     ResultRow,
     StudyRow,
+    WithdrawalRow,
 )
 from node import set_aside
 
 MAX_STUDIES = 20
 ENDED_WITHOUT_RESULT = (AnalysisState.NOT_ANALYSED, AnalysisState.FAILED)
+NOTE = "rejection note"
 
 
 class UnknownStudy(PermanentError):
@@ -210,6 +212,10 @@ def _show(story: dict[str, Any], console: Console) -> None:
 def _said(analysis: dict[str, Any]) -> str:
     """What an analysis came to, in words."""
     result = analysis["result"]
+    if analysis["state"] == AnalysisState.WITHDRAWN:
+        last = analysis["withdrawals"][-1]
+        words = f": {last['words']}" if last["words"] else ""
+        return f"{_minute(last['at'])} by {last['by']}, {last['reason']}{words}"
     if analysis["state"] in ENDED_WITHOUT_RESULT or result is None:
         return str(analysis["reason"])
     partial = ", PARTIAL" if analysis["is_partial"] else ""
@@ -253,17 +259,45 @@ def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
             "probability": result.probability,
             "at": result.at.isoformat(),
         },
+        "withdrawals": _withdrawals(session, row),
         "deliveries": _deliveries(session, row),
     }
+
+
+def _withdrawals(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
+    """What was taken back, oldest first; each takes back all results before it."""
+    rows = session.scalars(
+        select(WithdrawalRow)
+        .where(WithdrawalRow.analysis_id == row.id)
+        .order_by(WithdrawalRow.result_no)
+    )
+    return [
+        {
+            "result_no": one.result_no,
+            "at": one.at.isoformat(),
+            "by": one.actor,
+            "reason": one.withdrawal["reason"],
+            "words": one.withdrawal["words"],
+        }
+        for one in rows
+    ]
 
 
 def _deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
     """What went to whom, in order; what waits, and for what."""
     query = (
-        select(DeliveryRow, ResultRow.result_no, NoticeRow.result_no, DestinationRow, StudyRow)
+        select(
+            DeliveryRow,
+            ResultRow.result_no,
+            NoticeRow.result_no,
+            WithdrawalRow.result_no,
+            DestinationRow,
+            StudyRow,
+        )
         .join(StudyRow, StudyRow.id == DeliveryRow.study_id)
         .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
         .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
+        .outerjoin(WithdrawalRow, WithdrawalRow.id == DeliveryRow.result_id)
         .outerjoin(
             DestinationRow,
             and_(
@@ -276,22 +310,28 @@ def _deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
     )
     return [
         {
-            "what": "result" if result_no else "notice",
-            "result_no": result_no or notice_no,
+            "what": "result" if result_no else "notice" if notice_no else NOTE,
+            "result_no": result_no or notice_no or withdrawn_no,
             "destination": d.destination,
             "state": d.state,
             "attempts": d.attempts,
             "error": d.error_code,
             "statuses": d.statuses,
             "finished_at": d.finished_at and d.finished_at.isoformat(),
-            "waits_for": _waits_for(d, to, study) if d.state == DeliveryState.WAITING else "",
+            "waits_for": (
+                _waits_for(d, to, study, is_note=withdrawn_no is not None)
+                if d.state == DeliveryState.WAITING
+                else ""
+            ),
         }
-        for d, result_no, notice_no, to, study in session.execute(query)
+        for d, result_no, notice_no, withdrawn_no, to, study in session.execute(query)
     ]
 
 
-def _waits_for(delivery: DeliveryRow, to: DestinationRow | None, study: StudyRow) -> str:
-    if study.is_held:
+def _waits_for(
+    delivery: DeliveryRow, to: DestinationRow | None, study: StudyRow, *, is_note: bool
+) -> str:
+    if study.is_held and not is_note:
         return "held: an identity conflict is open"
     next_at = max(delivery.run_after, to.retry_at) if to else delivery.run_after
     if next_at <= dt.datetime.now(dt.UTC):

@@ -27,6 +27,9 @@ DCIODVFY_WHITELIST = re.compile(
 PIXELMED_WHITELIST = re.compile(
     r"\((121052,DCM|DECTHR,99VIGIL|121106,DCM|122405,DCM),\"[^\"]*\"\)"
     r": Content Item not in template$"
+    # Its rule of when a title needs a modifier looks for the title among the modifiers.
+    r"|Template 2010 .*\(113001,DCM,\"Rejected for Quality Reasons\"\)"
+    r": Conditional content item present when condition not satisfied$"
 )
 #: What the de-identified head CT brings along; none of it is ours to mend.
 SOURCE_WHITELIST = re.compile(

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from db.study import AnalysisState
+from db import withdrawals
+from db.study import AnalysisState, WithdrawalReason
+from db.tables import AnalysisRow, StudyRow
 from tests.browser.seed import hospital
 from tests.browser.web import Web, positive, running
 
@@ -55,6 +58,29 @@ def test_what_needs_a_person_stands_above_negatives(web: Web) -> None:
     assert "Analysis failed" in page
     assert "Not delivered everywhere" in page
     assert "with gaps" not in page
+
+
+def test_a_withdrawn_result_is_called_so_and_nothing_it_said_is_shown(web: Web) -> None:
+    key = positive(web, accession="WITHDRAWN", probability=0.93, minutes_ago=1)
+    positive(web, accession="SUSPECTED", probability=0.6, minutes_ago=2)
+    with Session(web.engine) as session, session.begin():
+        row = session.scalars(
+            select(AnalysisRow).join(StudyRow).where(StudyRow.public_id == key)
+        ).one()
+        withdrawals.withdraw(session, row.id, actor="admin", reason=WithdrawalReason.PATIENT_SAFETY)
+    reader = web.person("reader", "north")
+
+    assert listed(web) == ["SUSPECTED", "WITHDRAWN"]
+    found = reader.get("/api/v1/studies?outcome=withdrawn").json()["lines"]
+    assert [line["accession_number"] for line in found] == ["WITHDRAWN"]
+    assert "Result withdrawn" in reader.get("/worklist").text
+    page = reader.get(f"/study/{key}").text
+    assert "Withdrawn by an operator (patient safety)." in page
+    assert "must not be used" in page
+    assert "93 %" not in page
+    assert "Result withdrawn by an operator" in page
+    assert "rejection note" in page
+    assert "%" not in reader.get("/worklist?outcome=withdrawn").text.partition("<tbody")[2]
 
 
 def test_among_quiet_studies_the_newest_stands_first(web: Web) -> None:

@@ -1,6 +1,5 @@
 """Intake against a real database: whose instance it is, and that nothing doubles or is dropped."""
 
-import datetime as dt
 import random
 import re
 import uuid
@@ -9,8 +8,6 @@ import zlib
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     ExplicitVRBigEndian,
@@ -27,7 +24,6 @@ from db import cut_off, operator
 from db import intake as intake_module
 from db.drain import Drain
 from db.intake import Intake
-from db.meta import Provenance
 from db.refusals import Refused, note
 from db.sandbox import Sandbox
 from db.spool import Spool, read_provenance, scan
@@ -44,6 +40,7 @@ from db.tables import (
     StudyRow,
 )
 from tests.builders import changed, compressed, ct_image, ct_series, other_patient, other_pixels
+from tests.reception import Reception, encoded
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 NORTH = Tenant(
@@ -65,71 +62,10 @@ def sandbox():
 @pytest.fixture
 def node(settings, engine, sandbox):
     settings = settings.model_copy(update={"tenants": (NORTH, SOUTH, OLD)})
-    found = Node(settings, engine, sandbox)
+    found = Reception(settings, engine, sandbox)
     yield found
     found.box.close()
     found.intake.close()
-
-
-class Node:
-    """A spool, its intake, and short words for both."""
-
-    def __init__(self, settings, engine, sandbox):
-        self.settings, self.engine, self.sandbox = settings, engine, sandbox
-        self.data_dir = settings.node.data_dir
-        self.box = Spool(self.data_dir, "scp-0")
-        self.intake = Intake(engine, settings, sandbox)
-
-    def receive(self, *datasets, tenant="north", **more):
-        return [self.keep(dataset, encoded(dataset), tenant, **more) for dataset in datasets]
-
-    def keep(self, dataset, body, tenant="north", **more):
-        values = {
-            "tenant": tenant,
-            "calling_ae": "CT1",
-            "received_at": dt.datetime.now(dt.UTC).isoformat(),
-            "sop_class_uid": str(dataset.get("SOPClassUID", "")),
-            "sop_instance_uid": str(dataset.get("SOPInstanceUID", "")),
-            "transfer_syntax_uid": str(dataset.file_meta.TransferSyntaxUID),
-        }
-        return self.box.keep(Provenance(**values | more), body)
-
-    def drain(self):
-        """Until nothing waits any more; a test whose files stay fails here."""
-        for _ in range(50):
-            self.intake.take(self.box.folder)
-            if not scan(self.box.folder):
-                return
-            self.intake._later.clear()
-        raise AssertionError(f"{len(scan(self.box.folder))} files stay in the spool")
-
-    def file(self, *datasets, **more):
-        ids = self.receive(*datasets, **more)
-        self.drain()
-        return ids
-
-    def all(self, table):
-        with Session(self.engine) as session:
-            return list(session.scalars(select(table)))
-
-    def one(self, table):
-        (row,) = self.all(table)
-        return row
-
-    def events(self):
-        return [event.kind for event in self.all(EventRow)]
-
-    def files(self, kind):
-        return sorted((self.data_dir / kind).rglob("*.dcm"))
-
-
-def encoded(dataset):
-    syntax = dataset.file_meta.TransferSyntaxUID
-    body = DicomBytesIO()
-    body.is_little_endian = syntax != ExplicitVRBigEndian
-    body.is_implicit_VR = syntax == ImplicitVRLittleEndian
-    write_dataset(body, dataset)
-    return body.getvalue()
 
 
 def test_a_series_becomes_a_study_with_its_files(node):

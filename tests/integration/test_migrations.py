@@ -81,6 +81,12 @@ def second(url: URL) -> None:
     assert "activations" not in tables(url)
 
 
+def third(url: URL) -> None:
+    """As a version made it that knew activations, and no withdrawals."""
+    upgrade_to(url, "0003")
+    assert "withdrawals" not in tables(url)
+
+
 def between(url: URL) -> None:
     """As a version made it whose 0001 had most of 0002."""
     first(url)
@@ -100,11 +106,11 @@ def tables(url: URL) -> set[str]:
     return names
 
 
-@pytest.fixture(params=[first, between, second])
+@pytest.fixture(params=[first, between, second, third])
 def upgraded(request, empty) -> Iterator[Engine]:
     """An older database with a few rows, upgraded; as its owner."""
     request.param(empty)
-    run(empty, *(ROWS if request.param is not second else ROWS_OF_SECOND))
+    run(empty, *(ROWS if request.param in (first, between) else ROWS_OF_SECOND))
     upgrade_at(empty)
     engine = create_engine(empty)
     yield engine

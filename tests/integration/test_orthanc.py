@@ -12,13 +12,15 @@ from typing import Any
 import pydicom
 import pytest
 from PIL import Image
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from db import operator
+from db import operator, withdrawals
+from db.job import Lane
 from db.sandbox import Sandbox
-from db.study import AnalysisState
+from db.study import AnalysisState, WithdrawalReason
+from db.tables import DeliveryRow
 from node.orthanc import OrthancPacs
 from tests.builders import ct_series
 from tests.delivery import Node, destination, free_port
@@ -166,3 +168,36 @@ def test_its_previews_show_the_pages(archive, node, analysis_id):
         # What it draws is what we built, pixel by pixel.
         shown = preview.convert("RGB").tobytes()
         assert shown == built.pixel_array.tobytes()
+
+
+def test_a_rejection_note_stands_beside_what_it_rejects_and_comes_once(archive, node, analysis_id):
+    before = archive.digests()
+    with Session(node.engine) as session, session.begin():
+        withdrawals.withdraw(
+            session, analysis_id, actor="admin", reason=WithdrawalReason.PATIENT_SAFETY
+        )
+
+    node.deliverer.run_once()
+    first = archive.digests()
+    with Session(node.engine) as session, session.begin():  # as if its answer had been lost
+        session.execute(
+            update(DeliveryRow)
+            .where(DeliveryRow.lane == Lane.STAT)
+            .values(state="WAITING", statuses={}, finished_at=None)
+        )
+    node.deliverer.run_once()
+
+    assert len(archive.find("studies")) == len(archive.find("patients")) == 1
+    (uid,) = set(first) - set(before)
+    note = pydicom.dcmread(BytesIO(archive.ask(f"{archive.instance(uid)}/file")))
+    (study,) = note.CurrentRequestedProcedureEvidenceSequence
+    named = {
+        str(one.ReferencedSOPInstanceUID)
+        for series in study.ReferencedSeriesSequence
+        for one in series.ReferencedSOPSequence
+    }
+    ours = {path.stem for path in stored(node).values()} & before.keys()
+    assert named == ours
+    assert len(ours) == 6
+    assert archive.digests() == first
+    assert node.state(analysis_id) == AnalysisState.WITHDRAWN
