@@ -462,7 +462,9 @@ def main(numbers: Sequence[str]) -> int:
     console.print("A node and three archives start; what is tried then takes some minutes.")
     with tempfile.TemporaryDirectory() as name, running(Path(name)) as hospital:
         done = [tried(one, hospital, Path(name), console) for one in wanted]
-    table = Table("", "tried", "must", "seen", title="Day one")
+    table = Table("", "tried", "must", "seen", title="Day one", show_lines=True)
+    for column in table.columns:
+        column.overflow = "fold"  # an identifier cut off says nothing
     for one in done:
         mark = "[green]as it must[/]" if one.is_as_it_must else "[red]DIFFERS[/]"
         hazard = one.hazard
