@@ -1,5 +1,6 @@
 """Sub-commands for administrators: users, database."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,7 +9,7 @@ from rich.table import Table
 from node.terminal import AsJson, Config, console, print_json
 
 users = typer.Typer(no_args_is_help=True, help="Accounts of the dashboard.")
-database = typer.Typer(no_args_is_help=True, help="The database.")
+database = typer.Typer(no_args_is_help=True, help="The database, and backups of all.")
 
 UserName = Annotated[str, typer.Argument(metavar="NAME")]
 
@@ -116,6 +117,40 @@ def db_upgrade(config: Config = None) -> None:
 
     with opened(load(config), create=True):
         console().print("the schema is up to date")
+
+
+@database.command("backup")
+def db_backup(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="New or empty; on another disk than the data.")
+    ],
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Copy database, originals, results and what waits into DIR, while the node works.
+
+    The configuration is not part of it: keep the TOML file and the secrets beside it.
+    """
+    from node.backup import back_up
+
+    raise typer.Exit(back_up(folder, as_json=as_json, config=config))
+
+
+@database.command("restore")
+def db_restore(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="As `vigil db backup` wrote it.", exists=True)
+    ],
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Read a backup back, on this or a new host: into an empty data folder and database only.
+
+    The node from which it was made must not run any more: both would send.
+    """
+    from node.backup import restore
+
+    raise typer.Exit(restore(folder, as_json=as_json, config=config))
 
 
 def _base_url(config: Config) -> str:

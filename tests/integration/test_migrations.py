@@ -11,7 +11,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy import URL, Engine, create_engine, text
 from sqlalchemy.orm import Session
 
+from db import claims, queue
 from db.engine import alembic_config, engine_at, upgrade_at
+from db.job import JobKind
 from db.tables import Base
 
 RESULT = uuid.UUID(int=1)
@@ -203,3 +205,35 @@ def seen(web: Engine, role: str, tenant: str, table: str = "notices") -> int:
                 text(f"SELECT set_config('vigil.{name}', :value, true)"), {"value": value}
             )
         return connection.scalar(text(f"SELECT count(*) FROM {table}")) or 0
+
+
+#: Stopped by force in the middle of an inference and of a send.
+IN_FLIGHT = (
+    "UPDATE analyses SET state = 'QUEUED'",
+    "INSERT INTO jobs (analysis_id, tenant, origin, kind, state, lane, analysis_version, worker,"
+    " lease_until) VALUES (8, 'north', 'dicom', 'INFER', 'DOING', 1, 0, 'old', now())",
+    "INSERT INTO destinations (tenant, name) VALUES ('north', 'pacs')",
+    "UPDATE deliveries SET state = 'SENDING', worker = 'old', lease_until = now(),"
+    """ statuses = '{"1.9": "0x0000"}', expires_at = now() + interval '1 day'""",
+)
+
+
+@pytest.mark.parametrize("made", [first, between, second])
+def test_h46_an_upgrade_in_mid_flight_loses_no_work_and_forgets_no_answer(empty, made):
+    made(empty)
+    run(empty, *(ROWS if made is not second else ROWS_OF_SECOND), *IN_FLIGHT)
+
+    upgrade_at(empty)
+
+    node = engine_at(empty, "node")
+    with Session(node) as session, session.begin():
+        assert queue.requeue_dead(session) == 1
+        session.execute(text("UPDATE jobs SET run_after = now()"))
+        claims.claim_due(session, "north", "pacs", "new")  # sees the dead
+        session.execute(text("UPDATE deliveries SET run_after = now()"))
+    with Session(node) as session, session.begin():
+        job = queue.claim(session, [JobKind.INFER], "new")
+        delivery = claims.claim_due(session, "north", "pacs", "new")
+    node.dispose()
+    assert (job.analysis_id, job.crashes) == (8, 1)
+    assert delivery.statuses == {"1.9": "0x0000"}
