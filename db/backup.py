@@ -28,7 +28,7 @@ from db import snapshot
 from db.errors import PermanentError
 from db.files import make_folder, storage_errors, write_durably
 from db.snapshot import TableFile
-from db.study import AnalysisState
+from db.study import SETTLED
 from db.tables import AnalysisRow, InstanceRow, ResultRow, StudyRow
 
 FORMAT = 1
@@ -124,8 +124,7 @@ def _dump(engine: Engine, data_dir: Path, folder: Path) -> tuple[dict[str, Any],
         schema = snapshot.revision(connection)
         tables = snapshot.dump(connection, folder / "database")
         session = Session(connection)
-        done = [AnalysisState.DELIVERED, AnalysisState.NOT_ANALYSED, AnalysisState.FAILED]
-        open_ones = AnalysisRow.state.not_in([*done, AnalysisState.DELIVERED_IN_PART])
+        open_ones = AnalysisRow.state.not_in(SETTLED)
         facts = {
             "made_at": session.execute(select(func.now()))
             .scalar_one()
