@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 
 import structlog
@@ -104,7 +104,7 @@ class Intake:
         now = time.monotonic()
         fresh = [item for item in waiting if item.id not in self._later]
         if fresh:
-            return fresh[:BATCH]
+            return _evenly(fresh, BATCH)
         due = [item for item in waiting if self._later[item.id] <= now]
         for item in due:
             del self._later[item.id]
@@ -243,6 +243,15 @@ class Intake:
         for key, tenant in session.execute(returned):
             found[key] = returned_path(self._data_dir, tenant, key)
         return found
+
+
+def _evenly(waiting: Sequence[Spooled], limit: int) -> list[Spooled]:
+    """The oldest of each tenant in turn: one that sends ten thousand studies holds up no other."""
+    by_tenant: dict[str, list[Spooled]] = {}
+    for item in waiting:
+        by_tenant.setdefault(item.tenant, []).append(item)
+    in_turn = chain.from_iterable(zip_longest(*by_tenant.values()))
+    return list(islice((item for item in in_turn if item is not None), limit))
 
 
 def _study_key(item: Arrival) -> tuple[str, str, str]:

@@ -3,7 +3,7 @@
 import datetime as dt
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,12 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from db import activations, studies
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
 from db.job import BACKOFF_MAX_S, MAX_ATTEMPTS, JobKind, JobState, Lane, backoff_s
+from db.shares import Shares
 from db.study import NEXT_JOB, SETTLED, AnalysisEvent, AnalysisState
 from db.tables import AnalysisRow, JobRow, StudyRow
 
@@ -64,22 +65,19 @@ def claim(
     *,
     lease_s: float = DEFAULT_LEASE_S,
     versions: Sequence[activations.Version] | None = None,
+    shares: Shares | None = None,
+    lanes: Collection[Lane] = tuple(Lane),
 ) -> ClaimedJob | None:
     """Claim the most urgent job that is due; commit before working on it.
 
-    Lanes first, with ageing; inside a lane the tenant with the least work under way. A held
-    study's objects are not built. `versions` limits it to analyses that this worker can serve: what
-    serves a tenant is read with the job, so that nobody works for it with a version of yesterday.
+    Lanes first, with ageing; inside a lane whose turn it is by `shares`, which notes the claim. A
+    held study's objects are not built. `versions` limits it to analyses that this worker can serve:
+    what serves a tenant is read with the job, so that nobody works for it with a version of
+    yesterday.
     """
     if versions is not None and not versions:
         return None
-    doing = aliased(JobRow)
-    busy = (
-        select(func.count())
-        .select_from(doing)
-        .where(doing.tenant == JobRow.tenant, doing.state == JobState.DOING)
-        .scalar_subquery()
-    )
+    turns = shares.order(JobRow.tenant, JobRow.lane) if shares else ()
     newest = activations.newest()
     folder = activations.folder_that_serves(newest)
     query = (
@@ -93,11 +91,12 @@ def claim(
         .where(
             JobRow.state == JobState.TODO,
             JobRow.kind.in_(kinds),
+            JobRow.lane.in_(lanes),
             _is_past(JobRow.run_after),
             or_(JobRow.kind == JobKind.INFER, StudyRow.is_held.is_(False)),
             *([tuple_(AnalysisRow.bundle, folder).in_(versions)] if versions is not None else []),
         )
-        .order_by(_aged_lane(), busy, JobRow.run_after, JobRow.id)
+        .order_by(_aged_lane(), *turns, JobRow.run_after, JobRow.id)
         .limit(1)
         .with_for_update(of=JobRow, skip_locked=True)
     )
@@ -110,6 +109,8 @@ def claim(
     job.worker = worker
     job.lease_until = func.now() + dt.timedelta(seconds=lease_s)
     session.flush()
+    if shares:
+        shares.took(job.tenant, job.lane)
     return ClaimedJob(
         id=job.id,
         kind=JobKind(job.kind),

@@ -15,6 +15,7 @@ from db import notices, outbox, queue, results, studies
 from db.errors import NodeError, PermanentError, TransientError
 from db.job import JobKind
 from db.process import Stop
+from db.shares import Shares
 from db.study import AnalysisEvent
 from dicom_sr.assemble import Assembler
 from dicom_sr.inputs import Subject
@@ -51,6 +52,7 @@ class Builder:
         self._settings = settings
         self._assembler = assembler
         self._worker = worker
+        self._shares = Shares(settings.tenants)
 
     def build_once(self, stop: Stop = NEVER) -> bool:
         """Build the objects of one result or notice; False where no job is due.
@@ -58,7 +60,7 @@ class Builder:
         What came of it is written down even if the database is away meanwhile, until `stop`.
         """
         with Session(self._engine) as session, session.begin():
-            job = queue.claim(session, KINDS, self._worker, lease_s=LEASE_S)
+            job = queue.claim(session, KINDS, self._worker, lease_s=LEASE_S, shares=self._shares)
         if job is None:
             return False
         with (

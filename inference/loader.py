@@ -50,14 +50,14 @@ class Loaded:
 
 
 class Loader:
-    """Reads studies; any thread may call, the sandbox has as many children as settings say."""
+    """Reads studies; any thread may call, the sandbox has a child for each and one more."""
 
     def __init__(self, engine: Engine, data_dir: Path, settings: InferenceSettings) -> None:
         self._engine = engine
         self._data_dir = data_dir
         self._settings = settings
         self._sandbox = Sandbox(
-            size=settings.loaders,
+            size=settings.loaders + 1,  # one for an emergency alone: see the scheduler
             memory_mb=settings.loader_memory_mb,
             cpu_s=settings.loader_timeout_s,
         )

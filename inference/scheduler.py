@@ -31,9 +31,10 @@ from config.tenants import Tenant
 from db import queue, results
 from db.errors import DatabaseAway, NodeError, PermanentError, StaleAnalysis, TransientError
 from db.files import result_folder, write_durably
-from db.job import JobKind
+from db.job import JobKind, Lane
 from db.process import Stop
 from db.result import Eligibility, Finding
+from db.shares import Shares
 from inference.batcher import Batcher, Work
 from inference.device import Device, DeviceFault
 from inference.fleet import Fleet
@@ -95,6 +96,10 @@ class Scheduler:
         self._pool = ThreadPoolExecutor(settings.inference.loaders, thread_name_prefix="load")
         # As many as decode at once, and one to wait: claiming more would keep them from others.
         self._room = settings.inference.loaders + 1
+        # One loader and one place more, for an emergency alone.
+        self._reserve = ThreadPoolExecutor(1, thread_name_prefix="load-stat")
+        self._reserved: Future[Loaded | Eligibility] | None = None
+        self._shares = Shares(settings.tenants)
         self._batcher = Batcher(settings.inference.max_batch)
         self._flights: dict[int, InFlight] = {}
         self._loaded: threads.SimpleQueue[int] = threads.SimpleQueue()
@@ -122,19 +127,17 @@ class Scheduler:
     def step(self) -> bool:
         """One round: claim, take in what is loaded, run one batch. False when there was nothing."""
         claimed = self._claim()
-        taken = self._take_loaded()
+        taken = False
+        while self._take_loaded():  # all: an emergency among them is in the very next batch
+            taken = True
         return self._run_batch() or claimed or taken
 
     def close(self) -> None:
         """Give back what is under way and end the loaders."""
-        for flight in list(self._flights.values()):
-            self._flights.pop(flight.job.id)
-            try:
-                with Session(self._engine) as session, session.begin():
-                    queue.release(session, flight.job)
-            except DBAPIError:
-                break  # the leases run out by themselves
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._release_all()
+        self._flights.clear()
+        for pool in (self._pool, self._reserve):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._loader.close()
 
     @property
@@ -160,14 +163,25 @@ class Scheduler:
             except DBAPIError as error:
                 log.warning("database_away", exc_type=type(error).__name__)
 
+    def _release_all(self) -> None:
+        for flight in list(self._flights.values()):
+            try:
+                with Session(self._engine) as session, session.begin():
+                    queue.release(session, flight.job)
+            except DBAPIError:
+                break  # the leases run out by themselves
+
     def _claim(self) -> bool:
-        if len(self._flights) >= self._room or (self._is_draining and self._flights):
+        n = len(self._flights)
+        if n > self._room or (self._is_draining and self._flights):
             return False
+        lanes = tuple(Lane) if n < self._room else (Lane.STAT,)
         ready = self._fleet.served
         with Session(self._engine) as session:
             job = queue.claim(
-                session, [JobKind.INFER], self._worker, lease_s=LEASE_S, versions=list(ready)
-            )
+                session, [JobKind.INFER], self._worker, lease_s=LEASE_S,
+                versions=list(ready), shares=self._shares, lanes=lanes,
+            )  # fmt: skip
             # What a worker died of runs alone, so that its death is nobody else's.
             self._is_draining = job is not None and job.is_suspect
             if job is None or (self._is_draining and self._flights) or job.id in self._flights:
@@ -183,10 +197,18 @@ class Scheduler:
             version=served.bundle.manifest.version,
         )
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        future = self._pool.submit(self._loader.load, job, served.bundle)
+        pool = self._pool_for(job)
+        future = pool.submit(self._loader.load, job, served.bundle)
+        if pool is self._reserve:
+            self._reserved = future
         self._flights[job.id] = InFlight(job, served, now, future)
         future.add_done_callback(lambda _: self._loaded.put(job.id))
         return True
+
+    def _pool_for(self, job: queue.ClaimedJob) -> ThreadPoolExecutor:
+        """The loaders, or the one kept free for an emergency: it waits behind nobody's decoding."""
+        is_free = self._reserved is None or self._reserved.done()
+        return self._reserve if job.lane == Lane.STAT and is_free else self._pool
 
     def _take_loaded(self) -> bool:
         """Hand what the loaders finished to the batcher, or end it with its reason."""

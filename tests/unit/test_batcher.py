@@ -40,7 +40,7 @@ def test_every_image_is_scored_once_and_for_its_own_study(sizes, max_batch):
     assert len(batcher) == 0
 
 
-def test_an_emergency_goes_into_the_very_next_batch():
+def test_h45_an_emergency_goes_into_the_very_next_batch():
     batcher = Batcher(4)
     batcher.add(make_work(1, 100, lane=2))
     batcher.next()
