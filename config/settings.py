@@ -67,6 +67,7 @@ class InferenceSettings(_Part):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     max_batch: int = Field(default=32, ge=1, le=1024)  # images
     engine: Literal["local"] = "local"  # "ray" is not in this version
+    device_timeout_s: float = Field(default=300.0, gt=0)  # a longer call hangs: started anew
     loaders: int = Field(default=2, ge=1, le=64)  # decoding children
     loader_memory_mb: int = Field(default=4096, ge=256)
     loader_timeout_s: float = Field(default=120.0, gt=0)  # for one instance

@@ -22,16 +22,22 @@ from inference.serving import pick_device
 
 
 def main(config: Path | None = None) -> int:
-    """Run until SIGTERM. Returns 0, or 2 when the configuration cannot be used."""
+    """Run until SIGTERM. Returns 0, 2 when the configuration cannot be used, 1 without its GPU."""
     try:
         settings = load(config)
-        device = pick_device(settings.inference.device)
-    except (SettingsError, PermanentError) as error:
+    except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     logs.set_up("inference", settings.node.log_level)
     stop = StopSignal()
     log = structlog.get_logger()
+    try:
+        device = pick_device(settings.inference.device)
+    except PermanentError as error:
+        # It may come back, or its driver be loaded late: tried again, and reception goes on.
+        log.error("no_device", device=settings.inference.device)
+        sys.stderr.write(f"{error}\n")
+        return 1
     engine = engine_for(settings, "node")
     fleet = Fleet(engine, settings, device)
     fleet.first(stop)

@@ -1,6 +1,8 @@
 """The device: runs batches, halves them when memory runs out, grows them again later."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +19,8 @@ _T = TypeVar("_T")
 
 #: Batches at a halved size before the full size is tried again.
 RECOVER_AFTER = 50
+#: How torch's plain RuntimeErrors begin that are the device's: of its driver and its libraries.
+_OF_THE_DEVICE = ("CUDA", "cuDNN", "cublas", "No CUDA", "Found no NVIDIA")
 
 
 class DeviceFault(TransientError):
@@ -34,6 +38,12 @@ class Device:
         self._max_batch = max_batch
         self._limit = max_batch
         self._since_halved = 0
+        self._began: float | None = None  # monotonic, of the call under way
+
+    def busy_s(self) -> float:
+        """How long the call under way has taken, in seconds; any thread may ask."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def limit(self) -> int:
@@ -46,7 +56,7 @@ class Device:
         Raises
         ------
         DeviceFault
-            If not even a single image goes through.
+            If not even a single image goes through, or the device fails otherwise.
         """
         while True:
             made = self._try(model, inputs)
@@ -61,11 +71,11 @@ class Device:
     def _try(self, model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32] | None:
         parts = range(0, len(inputs), self._limit)
         try:
-            return np.concatenate([logits(model, inputs[at : at + self._limit]) for at in parts])
+            with self._call():
+                some = [logits(model, inputs[at : at + self._limit]) for at in parts]
+                return np.concatenate(some)
         except torch.cuda.OutOfMemoryError:
             return None
-        except torch.AcceleratorError as error:
-            raise DeviceFault(f"the device failed ({type(error).__name__})") from None
 
     def explain(self, model: nn.Module, run: Callable[[nn.Module], _T]) -> _T:
         """Heat maps on the device; on the CPU from then on where its memory does not do.
@@ -76,13 +86,28 @@ class Device:
             If the device fails otherwise.
         """
         try:
-            return run(model)
+            with self._call():
+                return run(model)
         except torch.cuda.OutOfMemoryError:
             log.warning("heat_maps_moved_to_cpu")
-        except torch.AcceleratorError as error:
-            raise DeviceFault(f"the device failed ({type(error).__name__})") from None
         torch.cuda.empty_cache()
-        return run(model.to("cpu"))
+        with self._call():
+            return run(model.to("cpu"))
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """One call, timed; what fails in it and is the device's fault is a DeviceFault."""
+        self._began = time.monotonic()
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not _is_of_the_device(error):
+                raise
+            raise DeviceFault(f"the device failed ({type(error).__name__})") from None
+        finally:
+            self._began = None
 
     def _halve(self) -> None:
         torch.cuda.empty_cache()
@@ -98,3 +123,7 @@ class Device:
             self._limit = min(self._max_batch, self._limit * 2)
             self._since_halved = 0
             log.info("batch_grown", limit=self._limit)
+
+
+def _is_of_the_device(error: RuntimeError) -> bool:
+    return isinstance(error, torch.AcceleratorError) or str(error).startswith(_OF_THE_DEVICE)

@@ -8,6 +8,7 @@ only when there is room for it.
 
 import contextlib
 import datetime as dt
+import os
 import queue as threads
 import threading
 import time
@@ -47,6 +48,7 @@ log = structlog.get_logger()
 LEASE_S = 60.0
 RENEW_S = 15.0
 DATABASE_RETRY_S = 2.0
+HUNG = 1  # exit status
 POLL_S = 0.5  # NOTIFY is only a hint, and a poll is cheap
 
 
@@ -84,8 +86,11 @@ class Scheduler:
         device: Device,
         worker: str,
         stop: Stop,
+        *,
+        die: Callable[[int], object] = os._exit,
     ) -> None:
         self._engine = engine
+        self._die, self._longest_call_s = die, settings.inference.device_timeout_s
         self._fleet = fleet
         self._device = device
         self._worker = worker
@@ -157,11 +162,23 @@ class Scheduler:
     def _renew_until(self, ended: threading.Event) -> None:
         """Keep the leases in a thread of its own: a step can take longer than one."""
         while not ended.wait(RENEW_S):
+            if self._device.busy_s() > self._longest_call_s:
+                self._abandon()
+                return
             try:
                 with Session(self._engine) as session, session.begin():
                     queue.renew(session, list(self._flights), self._worker, lease_s=LEASE_S)
             except DBAPIError as error:
                 log.warning("database_away", exc_type=type(error).__name__)
+
+    def _abandon(self) -> None:
+        """A call of the device does not come back, and nothing in this process can end it.
+
+        Whoever watches starts the stage anew; the studies are not at fault.
+        """
+        log.critical("device_hung", wait_s=self._longest_call_s)
+        self._release_all()
+        self._die(HUNG)
 
     def _release_all(self) -> None:
         for flight in list(self._flights.values()):

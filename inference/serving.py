@@ -1,5 +1,8 @@
 """The resident models: loaded once, checked against their reference, kept on the device."""
 
+import contextlib
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ log = structlog.get_logger()
 
 #: The bundles that come with the node.
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
+ANSWER_S = 120.0  # for a GPU to compute 1 + 1, torch loaded first
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +49,39 @@ def bundle_folder(model: str) -> Path:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device to serve on; `auto` takes the first GPU there is.
+    """The device to serve on; `auto` takes the first GPU that answers, else the CPU.
 
     Raises
     ------
     PermanentError
-        If a GPU was asked for and there is none.
+        If a GPU was asked for and none can be used.
     """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    name = "cuda" if wanted == "auto" else wanted
+    if torch.cuda.is_available():
+        if answers(name):
+            return torch.device(name)
+        log.error("gpu_does_not_answer", device=name)
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise PermanentError(f"inference.device is {wanted}, but no GPU can be used here")
-    return torch.device(wanted)
+        return torch.device("cpu")
+    raise PermanentError(f"inference.device is {wanted}, but no GPU can be used here")
+
+
+def answers(name: str) -> bool:
+    """Whether a device computes. In a process of its own: a driver that is gone may hang."""
+    ask = f"import torch; assert torch.ones(2, device={name!r}).sum().item() == 2"
+    asked = subprocess.Popen(
+        [sys.executable, "-c", ask],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        return asked.wait(ANSWER_S) == 0
+    except subprocess.TimeoutExpired:
+        asked.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            asked.wait(1.0)  # no longer: caught in the driver it does not even die
+        return False
 
 
 def load_served(

@@ -1,9 +1,11 @@
 """Spool to finding: the real intake, readiness, loader and scheduler, with small bundles."""
 
 import hashlib
+import threading
 
 import numpy as np
 import pytest
+import torch
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -12,6 +14,10 @@ from db import operator
 from db.job import MAX_ATTEMPTS
 from db.result import Finding
 from db.tables import AnalysisRow, EventRow, InstanceRow, JobRow, QuarantineRow, ResultRow
+from inference import device as devices
+from inference import scheduler as scheduling
+from inference.device import Device, DeviceFault
+from inference.scheduler import Scheduler
 from inference.serving import load_served, pick_device
 from tests.bundles.make import make_bundle
 from tests.bundles.sources import head_series, radiograph
@@ -452,3 +458,58 @@ def patient(datasets):
         dataset.SOPInstanceUID = f"2.25.{number}"
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     return datasets
+
+
+def test_h41_studies_wait_for_a_device_that_fails_and_none_fails_for_it(stages):
+    stages.receive(patient(head_series()))
+    stages.judge()
+    score = stages.scheduler._device.score
+
+    def gone(*_):
+        raise DeviceFault("made up")
+
+    stages.scheduler._device.score = gone
+    for _ in range(MAX_ATTEMPTS + 1):
+        with pytest.raises(DeviceFault):  # the stage ends, and is started anew
+            stages.infer()
+    with Session(stages.engine) as session:
+        job = session.scalars(select(JobRow)).one()
+    assert (job.state, job.attempts, job.crashes) == ("TODO", 0, 0)
+    assert analysis(stages).state == "QUEUED"
+
+    stages.scheduler._device.score = score
+    stages.infer()
+    assert analysis(stages).state == "FOUND"
+
+
+def test_h41_a_device_call_that_hangs_ends_the_stage_and_costs_no_study_a_try(stages, monkeypatch):
+    monkeypatch.setattr(scheduling, "RENEW_S", 0.05)
+    stages.receive(patient(head_series()))
+    stages.judge()
+    ended, stuck = threading.Event(), threading.Event()
+    statuses = []
+
+    def die(status):
+        statuses.append(status)
+        ended.set()
+
+    scheduler = Scheduler(
+        stages.engine, stages.settings, stages.fleet, Device(torch.device("cpu"), 8), "hung",
+        stuck, die=die,
+    )  # fmt: skip
+    scheduler._longest_call_s = 0.2
+    monkeypatch.setattr(devices, "logits", lambda *_: stuck.wait(60) and np.zeros((16, 3)))
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+
+    assert ended.wait(60)
+    with Session(stages.engine) as session:
+        job = session.scalars(select(JobRow)).one()
+    assert (job.state, job.attempts, job.crashes, job.error_code) == ("TODO", 0, 0, "")
+    assert statuses == [scheduling.HUNG]
+
+    monkeypatch.undo()
+    stages.infer()  # the stage that was started anew
+    assert analysis(stages).state == "FOUND"
+    stuck.set()
+    thread.join(60)
