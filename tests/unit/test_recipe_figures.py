@@ -22,7 +22,7 @@ from weights.recipe.figures import (
     with_interval,
     with_intervals,
 )
-from weights.recipe.operating import operating_point
+from weights.recipe.operating import is_worth_stat, operating_point, stat_ppv
 
 shares = st.floats(0.01, 0.99)
 
@@ -273,3 +273,16 @@ def test_where_no_study_is_missed_the_interval_still_has_a_width():
     # 20 of 20: 0.025 ** (1 / 20), as tables of Clopper and Pearson have it.
     assert made["sensitivity"] == {"value": 1.0, "low": pytest.approx(0.8316, abs=1e-4), "high": 1}
     assert made["specificity"]["low"] < 0.975 < made["specificity"]["high"] < 1
+
+
+@pytest.mark.parametrize(("n_false", "is_worth"), [(1, True), (20, False)])
+def test_stat_is_said_only_where_most_of_it_would_be_true(n_false, is_worth):
+    """80 of 100 bleeds called; where 5 % bleed, 1 or 20 of 100 false calls make 0.81 or 0.17."""
+    truth = np.arange(200) < 100
+    present = np.concatenate([np.arange(100) < 80, np.arange(100) < n_false])
+
+    point = operating_point(present, truth, alone(200), prevalences=(0.05,), seed=0)
+
+    by_hand = 0.05 * 0.8 / (0.05 * 0.8 + 0.95 * n_false / 100)
+    assert stat_ppv(point) == pytest.approx(by_hand, abs=1e-3)
+    assert is_worth_stat(point) is is_worth

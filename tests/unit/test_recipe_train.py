@@ -15,6 +15,7 @@ from tests.builders import real_size_study
 from weights.recipe.cases import from_cohort
 from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_cohort
 from weights.recipe.evaluate import evaluate
+from weights.recipe.operating import is_worth_stat
 from weights.recipe.phantoms import drawn_head
 from weights.recipe.series import read_volume
 from weights.recipe.shift import noise, quieted
@@ -121,6 +122,10 @@ def test_the_card_begins_with_what_a_reader_must_know_first(trained):
         if one.name == "balanced"
     ]
     assert shipped.sensitivity == on
+    levels = [str(rule.level) for rule in load_bundle(out).manifest.study.urgency]
+    says_stat = is_worth_stat(figures["shipped_family"]["operating_points"]["high specificity"])
+    assert levels == (["STAT", "URGENT"] if says_stat else ["URGENT"])
+    assert ("STAT begins" if says_stat else "None is called STAT") in short
 
 
 def test_subtypes_tell_how_often_they_were_the_only_bleed(trained):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from weights.recipe.operating import STAT_PREVALENCE, is_worth_stat, stat_ppv
+
 _FIRST = {
     "ich-b4": (
         "- **Not shown to be better than `ich` in any figure; it is here because this network was "
@@ -62,11 +64,16 @@ def _flags(figures: Mapping[str, Any]) -> str:
 def _stat(figures: Mapping[str, Any]) -> str:
     """How often STAT is said, by the point at which it begins."""
     point = figures["shipped_family"]["operating_points"]["high specificity"]
-    lines = {line["prevalence"]: line for line in point["predictive_values"]}
-    ppv = lines[_PREVALENCE]["ppv"]["value"]
+    false = f"{100 * (1 - stat_ppv(point)):.0f} %"
+    if not is_worth_stat(point):
+        return (
+            f"None is called STAT: at `high specificity` {false} of the calls would be false where "
+            f"{100 * STAT_PREVALENCE:.0f} % bleed"
+        )
     return (
         f"STAT begins at `high specificity`: {100 * (1 - point['sensitivity']['value']):.0f} % of "
-        f"the bleeds get none, and where 5 % bleed, {100 * (1 - ppv):.0f} % of all STATs are false"
+        f"the bleeds get none, and where {100 * STAT_PREVALENCE:.0f} % bleed, {false} of all STATs "
+        "are false"
     )
 
 

@@ -1,6 +1,6 @@
 """What a threshold makes of labelled studies, and what its calls are worth elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,23 @@ Rows = NDArray[np.int64]
 
 #: Shares of positive studies at which predictive values are told; a hospital's lies among them.
 PREVALENCES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.10, 0.20)
+
+#: Where this share of patients bleeds, most of what is called STAT must be true, or none is.
+STAT_PREVALENCE, STAT_PPV = 0.05, 0.5
+
+
+def is_worth_stat(point: Mapping[str, Any]) -> bool:
+    """Whether an operating point may call a radiologist away from what else waits.
+
+    point : as `operating_point` makes it
+    """
+    return stat_ppv(point) >= STAT_PPV
+
+
+def stat_ppv(point: Mapping[str, Any]) -> float:
+    """How many of its calls are true at `STAT_PREVALENCE`."""
+    lines = {line["prevalence"]: line for line in point["predictive_values"]}
+    return float(lines[STAT_PREVALENCE]["ppv"]["value"])
 
 
 def exact_interval(flags: Bools) -> dict[str, float]:

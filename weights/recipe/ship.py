@@ -12,6 +12,7 @@ from weights.recipe import bundle_files
 from weights.recipe.candidates.candidate import CAM_WORDS, Explanation, Servable, servable
 from weights.recipe.data import LABELS
 from weights.recipe.nested import Chosen
+from weights.recipe.operating import is_worth_stat
 from weights.recipe.template import Kind
 
 #: Of the bundles as they are made now; weights of their own get a number of their own.
@@ -57,7 +58,7 @@ def _measured(
         "prevalence": final.calibration.prevalence,
         "threshold": thresholds[ACTIVE],
         "active": ACTIVE,
-        "stat_at": thresholds["high specificity"],
+        "stat_rule": _stat_rule(points["high specificity"], thresholds["high specificity"]),
         "operating_points": "".join(
             "[[labels.operating_points]]\n"
             f'name = "{name}"\nthreshold = {threshold}\n'
@@ -73,6 +74,16 @@ def _measured(
         "layer": how.layer,
         "pointing_game": _pointing_lines(figures["pointing_game"]["all"]),
     }
+
+
+def _stat_rule(point: Mapping[str, Any], threshold: float) -> str:
+    """Nothing where most of its calls would be false: what is present is then URGENT."""
+    if not is_worth_stat(point):
+        return ""
+    return (
+        f'[[study.urgency]]\nlabel = "{LABELS[0]}"\nlevel = "STAT"\n'
+        f'at = {threshold}  # the operating point "high specificity"\n'
+    )
 
 
 def _aggregation_line(how: Aggregation) -> str:

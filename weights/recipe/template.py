@@ -54,7 +54,7 @@ _UNMEASURED = {
     "operating_points": "",
     "aggregation": '{ kind = "max" }',
     "context": "0",
-    "stat_at": "0.5",
+    "stat_rule": "",
     "pointing_game": "",
 }
 
