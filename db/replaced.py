@@ -57,6 +57,8 @@ def reopen(session: Session, study_id: int, gone: set[str], *, is_other_patient:
     rows = session.scalars(select(AnalysisRow).where(AnalysisRow.study_id == study_id)).all()
     for row in rows:
         analysis = studies.load(session, row.id)
+        if analysis.reason_code == studies.STUDY_TOO_OLD:
+            continue  # an archive is not annotated, whoever's it turns out to be
         # Without ids it is a run that chooses by itself, and may have chosen by now.
         chooses = analysis.state is AnalysisState.QUEUED and not analysis.analysed_ids
         if is_other_patient or gone & set(analysis.analysed_ids) or (gone and chooses):

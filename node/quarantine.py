@@ -1,8 +1,10 @@
 """What was set aside, and the operator's decision: `vigil quarantine`."""
 
 import getpass
+import json
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ def _entry(
         "holds_study": study.study_instance_uid if study and row.is_conflict else None,
         "study": str(study.public_id) if study else None,
         "study_instance_uid": study.study_instance_uid if study else row.study_instance_uid,
+        "study_instances": study.n_instances if study else None,
         "accession_number": _accession_number(study, newcomer),
         "results_out": _results_out(session, study) if study and row.is_conflict else [],
         "series_instance_uid": row.series_instance_uid,
@@ -205,18 +208,21 @@ def show(found: Sequence[Mapping[str, Any]], console: Console) -> None:
     if not found:
         console.print("Nothing is in the quarantine.")
         return
-    for entry in found:
-        _show(entry, console)
+    for alike in _alike(found):
+        _show(alike[0], console)
+        for entry in alike[1:]:
+            _say(console, f"{entry['id']}  likewise, instance {entry['sop_instance_uid']}")
+        if len(alike) > 1 and alike[0]["study"]:
+            n_all = alike[0]["study_instances"]
+            _say(console, f"  {len(alike)} alike; its study has {n_all} instances")
+        console.print()
     console.print("`vigil quarantine discard ID`: it stays out, and its study goes on.")
     console.print("`vigil quarantine release ID`: it is right, and goes where it says it belongs.")
     console.print("`vigil quarantine release --study STUDY`: so is all that contradicts a study.")
 
 
 def _show(entry: Mapping[str, Any], console: Console) -> None:
-    def say(text: str, style: str = "") -> None:
-        # What a sender wrote is no markup and no control sequence.
-        console.print(Text(printable(text), style=style), soft_wrap=True)
-
+    say = partial(_say, console)
     say(entry["id"], "bold")
     say(f"  {entry['at'][:19].replace('T', ' ')} UTC  tenant {entry['tenant']}  {entry['sender']}")
     say(f"  {entry['reason']}", "red" if entry["holds_study"] else "")
@@ -235,7 +241,20 @@ def _show(entry: Mapping[str, Any], console: Console) -> None:
             table.add_row(*(Text(printable(one[key])) for key in ("what", "first", "newcomer")))
         console.print(table)
     say(f"  release   {entry['release']}")
-    console.print()
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    # What a sender wrote is no markup and no control sequence.
+    console.print(Text(printable(text), style=style), soft_wrap=True)
+
+
+def _alike(found: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """A corrected study is told once, not image by image; each id stands there all the same."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in found:
+        told = [entry[key] for key in ("study", "study_instance_uid", "code", "reason", "differs")]
+        groups.setdefault(json.dumps(told), []).append(entry)
+    return list(groups.values())
 
 
 def printable(text: str) -> str:

@@ -1,35 +1,29 @@
 """`vigil where`: where is my study? Its timeline, found by whatever the caller has in hand."""
 
-import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
-from sqlalchemy import and_, or_, select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
+from db import replaced
 from db.errors import PermanentError
-from db.outbox import DeliveryState
 from db.study import AnalysisState
 from db.tables import (
     AnalysisRow,
-    DeliveryRow,
-    DestinationRow,
     EventRow,
     InstanceRow,
-    NoticeRow,
     QuarantineRow,
     ResultRow,
     StudyRow,
-    WithdrawalRow,
 )
-from node import set_aside
+from node import issued, set_aside
 
 MAX_STUDIES = 20
 ENDED_WITHOUT_RESULT = (AnalysisState.NOT_ANALYSED, AnalysisState.FAILED)
-NOTE = "rejection note"
 
 
 class UnknownStudy(PermanentError):
@@ -186,7 +180,7 @@ def _show(story: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
         for delivery in analysis["deliveries"]:
-            console.print(_delivered(delivery), highlight=False)
+            console.print(issued.delivered(delivery), highlight=False)
     table = Table("when (UTC)", "what", Column("detail", overflow="fold"), box=None, pad_edge=False)
     for event in story["events"]:
         rest = {k: v for k, v in event.items() if k not in ("at", "event", "is_alarm")}
@@ -197,10 +191,12 @@ def _show(story: dict[str, Any], console: Console) -> None:
         table.add_row(event["at"][:19].replace("T", " "), f"[{colour}]{event['event']}[/]", detail)
     if story["events"]:
         console.print(table)
-    for entry in story["quarantine"]:
+    for alike in _alike(story["quarantine"]):
+        entry, n = alike[0], len(alike) - 1
+        more = f" and {n} more like it (--json)" if n else ""
         console.print(
             f"[red]quarantined[/] {entry['at'][:19].replace('T', ' ')} {entry['reason']} "
-            f"({entry['state'].lower()}) {entry['id']}",
+            f"({entry['state'].lower()}) {entry['id']}{more}",
             highlight=False,
         )
     if story.get("kept_out_of"):
@@ -209,32 +205,27 @@ def _show(story: dict[str, Any], console: Console) -> None:
         console.print("No study of it is here; to decide: `vigil quarantine list`.")
 
 
+def _alike(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Each reason and decision once, however many images of a study it is about."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for entry in entries:
+        # Of what was replaced each reason names another image.
+        reason = "" if entry["code"] == replaced.CODE else entry["reason"]
+        found.setdefault((entry["code"], reason, entry["state"]), []).append(entry)
+    return list(found.values())
+
+
 def _said(analysis: dict[str, Any]) -> str:
     """What an analysis came to, in words."""
     result = analysis["result"]
     if analysis["state"] == AnalysisState.WITHDRAWN:
         last = analysis["withdrawals"][-1]
         words = f": {last['words']}" if last["words"] else ""
-        return f"{_minute(last['at'])} by {last['by']}, {last['reason']}{words}"
+        return f"{issued.minute(last['at'])} by {last['by']}, {last['reason']}{words}"
     if analysis["state"] in ENDED_WITHOUT_RESULT or result is None:
         return str(analysis["reason"])
     partial = ", PARTIAL" if analysis["is_partial"] else ""
     return f"{result['urgency']}{partial}, result {result['result_no']}"
-
-
-def _delivered(delivery: dict[str, Any]) -> str:
-    what = f"{delivery['what']} {delivery['result_no']}"
-    words = f"  {what} to {delivery['destination']}: {delivery['state']}"
-    if delivery["finished_at"]:
-        words += f" {_minute(delivery['finished_at'])}"
-    words += f", {len(delivery['statuses'])} objects, {delivery['attempts']} tries"
-    if delivery["error"]:
-        words += f", [red]{delivery['error']}[/]"
-    return words + (f"; {delivery['waits_for']}" if delivery["waits_for"] else "")
-
-
-def _minute(at: str) -> str:
-    return at[:16].replace("T", " ")
 
 
 def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
@@ -259,82 +250,6 @@ def _analysis(session: Session, row: AnalysisRow) -> dict[str, Any]:
             "probability": result.probability,
             "at": result.at.isoformat(),
         },
-        "withdrawals": _withdrawals(session, row),
-        "deliveries": _deliveries(session, row),
+        "withdrawals": issued.withdrawals(session, row),
+        "deliveries": issued.deliveries(session, row),
     }
-
-
-def _withdrawals(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
-    """What was taken back, oldest first; each takes back all results before it."""
-    rows = session.scalars(
-        select(WithdrawalRow)
-        .where(WithdrawalRow.analysis_id == row.id)
-        .order_by(WithdrawalRow.result_no)
-    )
-    return [
-        {
-            "result_no": one.result_no,
-            "at": one.at.isoformat(),
-            "by": one.actor,
-            "reason": one.withdrawal["reason"],
-            "words": one.withdrawal["words"],
-        }
-        for one in rows
-    ]
-
-
-def _deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
-    """What went to whom, in order; what waits, and for what."""
-    query = (
-        select(
-            DeliveryRow,
-            ResultRow.result_no,
-            NoticeRow.result_no,
-            WithdrawalRow.result_no,
-            DestinationRow,
-            StudyRow,
-        )
-        .join(StudyRow, StudyRow.id == DeliveryRow.study_id)
-        .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
-        .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
-        .outerjoin(WithdrawalRow, WithdrawalRow.id == DeliveryRow.result_id)
-        .outerjoin(
-            DestinationRow,
-            and_(
-                DestinationRow.tenant == DeliveryRow.tenant,
-                DestinationRow.name == DeliveryRow.destination,
-            ),
-        )
-        .where(DeliveryRow.analysis_id == row.id)
-        .order_by(DeliveryRow.id)
-    )
-    return [
-        {
-            "what": "result" if result_no else "notice" if notice_no else NOTE,
-            "result_no": result_no or notice_no or withdrawn_no,
-            "destination": d.destination,
-            "state": d.state,
-            "attempts": d.attempts,
-            "error": d.error_code,
-            "statuses": d.statuses,
-            "finished_at": d.finished_at and d.finished_at.isoformat(),
-            "waits_for": (
-                _waits_for(d, to, study, is_note=withdrawn_no is not None)
-                if d.state == DeliveryState.WAITING
-                else ""
-            ),
-        }
-        for d, result_no, notice_no, withdrawn_no, to, study in session.execute(query)
-    ]
-
-
-def _waits_for(
-    delivery: DeliveryRow, to: DestinationRow | None, study: StudyRow, *, is_note: bool
-) -> str:
-    if study.is_held and not is_note:
-        return "held: an identity conflict is open"
-    next_at = max(delivery.run_after, to.retry_at) if to else delivery.run_after
-    if next_at <= dt.datetime.now(dt.UTC):
-        return ""
-    why = f" ({to.last_error})" if to and to.failures and to.last_error else ""
-    return f"next try {_minute(next_at.isoformat())} UTC{why}"

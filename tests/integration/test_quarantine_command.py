@@ -73,6 +73,18 @@ def test_the_list_shows_all_that_a_decision_needs_on_a_narrow_terminal(vigil, no
     assert "vigil quarantine release" in out
 
 
+def test_a_corrected_study_is_listed_as_one_matter_with_every_id(vigil, node):
+    images = ct_series(slices=3)
+    node.file(*images)
+    keys = node.file(*other_patient(images))
+
+    _, out, _ = vigil("quarantine", "list")
+
+    assert all(str(key) in out for key in keys)
+    assert out.count("differs in") == 1
+    assert "3 alike; its study has 3 instances" in out
+
+
 def test_the_list_for_a_program_says_which_values_differ(vigil, node):
     one, two = ct_series(slices=2)
     node.file(one, two)

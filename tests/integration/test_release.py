@@ -332,6 +332,20 @@ def test_what_does_not_rest_on_a_replaced_image_is_left_alone(node):
     assert node.one(DeliveryRow).state == "WAITING"
 
 
+def test_a_study_that_was_too_old_to_be_analysed_stays_so(node):
+    image = ct_image()
+    node.file(image)
+    analysed(node, state="NOT_ANALYSED")
+    with Session(node.engine) as session, session.begin():
+        session.execute(update(AnalysisRow).values(reason_code="study_too_old"))
+    node.file(*other_patient([image]))
+
+    decide(node).study(node.one(StudyRow).id)
+
+    assert node.one(StudyRow).patient_id == "OTHER-1"
+    assert node.one(AnalysisRow).state == "NOT_ANALYSED"
+
+
 def test_h5_a_second_patient_is_not_merged_and_the_operator_is_told_what_to_do(node):
     one, two, three = ct_series(slices=3)
     node.file(one, three)
