@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup demo test hazards lint types contracts check train clean
+.PHONY: setup demo test hazards soak lint types contracts check train clean
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ test: $(READY)
 # What an administrator tries on the first day, and what is seen: make hazards ARGS="3 8"
 hazards: $(READY)
 	@$(BIN)/python -m tests.e2e.day_one $(ARGS)
+
+# Kills, outages and repetitions for as long as you like: make soak ARGS="--minutes 30 --seed 7"
+soak: $(READY)
+	@$(BIN)/python -m tests.e2e.soak $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -1,7 +1,11 @@
 """Logs: JSON lines on stdout, one event per fact, and only fields from an allow-list."""
 
+import atexit
+import contextlib
 import logging
+import os
 import sys
+from typing import TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
@@ -68,6 +72,31 @@ LOGGABLE = frozenset(
 )
 
 
+class Output:
+    """Standard output; what it does not take is lost, and nothing else.
+
+    A log on a full disk must not stop the work that it tells of.
+    """
+
+    @staticmethod
+    def write(text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stdout.write(text)
+
+    @staticmethod
+    def flush() -> None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+
+
+def _let_go() -> None:
+    """What is left in the buffer at the end is lost, too; Python would make it a failure."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def keep_allowed(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
     """Drop every field that is not on the list, and say which."""
     kept = {name: value for name, value in fields.items() if name in LOGGABLE}
@@ -78,6 +107,7 @@ def keep_allowed(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
 
 def set_up(stage: str, level: str = "INFO") -> None:
     """Configure this process's logs; called once, in each `__main__`."""
+    atexit.register(_let_go)
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)
     for name in ("pynetdicom", "pydicom", "sqlalchemy", "uvicorn", "alembic", "apscheduler", "PIL"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their messages can hold identifiers
@@ -91,6 +121,6 @@ def set_up(stage: str, level: str = "INFO") -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, Output)),
         cache_logger_on_first_use=False,
     )

@@ -5,11 +5,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, exists, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from db import reach, studies, withdrawals
 from db.answers import merged
+from db.clock import is_past
 from db.errors import StaleAnalysis
 from db.outbox import DeliveryState
 from db.tables import DeliveryRow, DestinationRow, StudyRow, WithdrawalRow
@@ -17,6 +18,9 @@ from db.tables import DeliveryRow, DestinationRow, StudyRow, WithdrawalRow
 #: As short as the time after which a silent process counts as gone (db.heartbeat), and renewed.
 LEASE_S = 30.0
 SENDER_DIED = "sender_died"
+#: Between two tries of what a destination refuses.
+REFUSAL_WAIT = dt.timedelta(hours=5)
+_BACKOFF = dt.timedelta(seconds=reach.MAX_BACKOFF_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +66,10 @@ def claim_due(
         .where(
             DeliveryRow.tenant == tenant,
             DeliveryRow.destination == destination,
-            DestinationRow.retry_at <= func.now(),
+            is_past(DestinationRow.retry_at, _BACKOFF),
             or_(StudyRow.is_held.is_(False), is_note),
             DeliveryRow.state == DeliveryState.WAITING,
-            DeliveryRow.run_after <= func.now(),
+            is_past(DeliveryRow.run_after, _furthest()),
             ~exists().where(
                 older.analysis_id == DeliveryRow.analysis_id,
                 older.destination == DeliveryRow.destination,
@@ -85,6 +89,11 @@ def claim_due(
     return None if row is None else take(session, row, worker)
 
 
+def _furthest() -> ColumnElement[dt.timedelta]:
+    """How far ahead a delivery can be put: refusals wait for most of a day."""
+    return case((DeliveryRow.refusals > 0, REFUSAL_WAIT), else_=_BACKOFF)
+
+
 def _count_the_dead(session: Session, tenant: str, destination: str) -> None:
     """A dead worker's delivery comes back when its lease is over, as one of its tries.
 
@@ -96,7 +105,7 @@ def _count_the_dead(session: Session, tenant: str, destination: str) -> None:
             DeliveryRow.tenant == tenant,
             DeliveryRow.destination == destination,
             DeliveryRow.state == DeliveryState.SENDING,
-            DeliveryRow.lease_until < func.now(),
+            is_past(DeliveryRow.lease_until, dt.timedelta(seconds=LEASE_S)),
         )
         .with_for_update(skip_locked=True)
     ).all()

@@ -21,6 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
 from db.errors import CutOff, NotDicom
+from db.faults import point
 from db.header import InstanceHeader
 from db.lenient import BAD_VALUE, date, integer, number, numbers, text, texts
 from db.meta import transfer_syntax
@@ -101,6 +102,7 @@ def describe(path: str, may_be_cut: bool = False) -> Answer:
     CutOff
         If one begins, and ends in the middle.
     """
+    point("describe_begun")
     with warnings.catch_warnings(), open(path, "rb") as file:
         warnings.simplefilter("ignore")
         syntax = transfer_syntax(file)

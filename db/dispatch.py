@@ -13,13 +13,12 @@ from sqlalchemy.orm import Session
 
 from db import reach, studies, withdrawals
 from db.answers import IN_DOUBT, has_something
-from db.claims import ClaimedDelivery, note, take, write
+from db.claims import REFUSAL_WAIT, ClaimedDelivery, note, take, write
 from db.outbox import OPEN, DeliveryState, settle
 from db.tables import DeliveryRow, NoticeRow, StudyRow
 
 #: Five tries in a day end a delivery that the destination refuses.
 MAX_REFUSALS = 5
-REFUSAL_WAIT_S = 5 * 3600.0
 #: After its time, and after the node's start: a person is to have had a day to decide.
 LONG_HELD = dt.timedelta(days=1)
 
@@ -96,7 +95,7 @@ def refuse(
         _event(session, delivery, "delivery_refused", is_alarm=True, reason_code=error_code)
         settle(session, delivery.analysis_id)
         return
-    wait = dt.timedelta(seconds=REFUSAL_WAIT_S if refusals != 1 else 60)
+    wait = REFUSAL_WAIT if refusals != 1 else dt.timedelta(seconds=60)
     _wait_again(session, delivery, error_code, wait)
     _event(session, delivery, "objects_refused", reason_code=error_code)
 

@@ -4,6 +4,7 @@ The wheel's binaries are used without its wrapper, which sets `trust`, loosens p
 gives up after ten seconds. Ours asks for scram, keeps 0700 and waits for recovery after a crash.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -17,10 +18,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from sqlalchemy import URL
 
-from db.errors import PermanentError
+from db.errors import DatabaseAway, PermanentError
 
 START_TIMEOUT_S = 300  # recovery after a crash replays the log first
 STOP_TIMEOUT_S = 60
@@ -60,14 +62,21 @@ def start(data_dir: Path) -> URL:
     ------
     EmbeddedFailed
         With the reason and what to do.
+    DatabaseAway
+        If a cluster that is there does not start, or nothing can be written: its disk may be full.
+        That passes.
     """
     home = _home(data_dir)
-    with _lock(home):
-        if not (home / "cluster" / "PG_VERSION").exists():
-            _create(home)
-        if not is_running(data_dir):
-            _start(home)
-        return _url(home)
+    try:
+        with _lock(home):
+            if not (home / "cluster" / "PG_VERSION").exists():
+                _create(home)
+            if not is_running(data_dir):
+                _start(home)
+            return _url(home)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "unknown")
+        raise DatabaseAway(f"the database's folder cannot be used ({name})") from error
 
 
 def stop(data_dir: Path) -> None:
@@ -101,7 +110,8 @@ def binaries() -> Path:
         )
     root = Path(wheel.submodule_search_locations[0])
     newest = max(root.glob("pginstall*"), key=lambda path: path.name)
-    return newest / "bin"
+    # Resolved: `_is_open` looks at the folders that lead there, and a link would lead past others.
+    return (newest / "bin").resolve()
 
 
 def _home(data_dir: Path) -> Path:
@@ -131,10 +141,12 @@ def _create(home: Path) -> None:
 
 def _start(home: Path) -> None:
     _make_sockets(home)
-    _run(
+    failed = _run(
         home, "pg_ctl", "start", "-D", "cluster", "-w", "-t", str(START_TIMEOUT_S),
-        "-l", "cluster/start.log",
+        "-l", "cluster/start.log", check=False,
     )  # fmt: skip
+    if failed:
+        raise DatabaseAway(f"the database does not start; see {home / 'cluster' / 'start.log'}")
 
 
 def _url(home: Path) -> URL:
@@ -189,13 +201,20 @@ def _run(home: Path, program: str, *arguments: str, check: bool = True) -> int:
     """Run one of PostgreSQL's programs as the server's user; its output goes to a log."""
     command = [*_as_server_user(home), str(binaries() / program), *arguments]
     log = home / "commands.log"
-    with log.open("ab") as output:
+    with _opened(log) as output:
         done = subprocess.run(
             command, cwd=home, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         )
     if check and done.returncode:
         raise EmbeddedFailed(f"{program} failed with {done.returncode}; see {log}")
     return done.returncode
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        return log.open("ab")
+    except OSError:  # full or read-only: no reason not to ask, or to stop it
+        return open(os.devnull, "ab")
 
 
 # PostgreSQL refuses to run as root. Root therefore runs it as another user, who may keep one

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from db.errors import DiskFull, TransientError
+from db.faults import point
 from db.meta import decode_head
 
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP})
@@ -107,6 +108,7 @@ def link_all(pairs: Iterable[tuple[Path, Path]]) -> None:
             make_folder(target.parent)
             folders.add(target.parent)
             _link(source, target)
+        point("intake_linked")
         for folder in folders:
             sync_folder(folder)
 

@@ -86,7 +86,8 @@ class Intake:
         new = [item for item in waiting if item.id not in known]
         readable = self._readers.map(self._read, new)
         dropped = self._file([found for found in readable if found is not None])
-        point("intake_rows_committed")
+        if new:
+            point("intake_rows_committed")
         settled = self._settle(new)
         for item in dropped:
             item.path.unlink(missing_ok=True)
@@ -171,7 +172,9 @@ class Intake:
         """One study's instances; what the database refuses is set aside, not tried for ever."""
         try:
             with Session(self._engine) as session, session.begin():
-                return self._file_group(session, arrivals, begun)
+                filed = self._file_group(session, arrivals, begun)
+                point("intake_filed")
+                return filed
         except (DataError, IntegrityError) as error:
             log.error("instances_not_filed", n=len(arrivals), exc_type=type(error).__name__)
         if len(arrivals) > 1:
@@ -216,8 +219,10 @@ class Intake:
         paths = {item.id: item.path for item in items}
         with Session(self._engine) as session, session.begin():
             targets = self._targets(session, ids)
+        if not targets:
+            return set()
         link_all((paths[key], target) for key, target in targets.items())
-        point("intake_linked")
+        point("intake_synced")
         with Session(self._engine) as session, session.begin():
             session.execute(
                 update(InstanceRow)
@@ -227,6 +232,7 @@ class Intake:
         point("intake_stored")
         for key in targets:
             paths[key].unlink(missing_ok=True)
+        point("intake_unlinked")
         return set(targets)
 
     def _targets(self, session: Session, ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Path]:

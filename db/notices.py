@@ -81,7 +81,8 @@ def rest_of_wait(session: Session, job: queue.ClaimedJob, max_wait_s: float) -> 
     row = session.get_one(AnalysisRow, job.analysis_id)
     if row.state != AnalysisState.NOT_ANALYSED:
         return dt.timedelta(0)
-    last = session.get_one(StudyRow, job.study_id).last_instance_at
+    study = session.get_one(StudyRow, job.study_id, with_for_update={"key_share": True})
+    last = studies.last_arrival(session, study)
     now: dt.datetime = session.execute(select(func.now())).scalar_one()
     return last + dt.timedelta(seconds=max_wait_s) - now
 

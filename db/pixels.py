@@ -19,6 +19,7 @@ from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from db.errors import NotDicom, PermanentError
+from db.faults import point
 from db.files import storage_errors
 
 MAX_PIXELS = 2_000_000_000  # Rows x Columns x Frames of one instance
@@ -87,6 +88,7 @@ def read_images(
     ------
     NotDicom, NoPixels, TooManyPixels, ColourImage, RescaleMissing, RescaleZero, Undecodable
     """
+    point("decode_begun")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with storage_errors(), open(path, "rb"):

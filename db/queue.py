@@ -3,9 +3,8 @@
 import datetime as dt
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -25,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from db import activations, studies
+from db.clock import is_past
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
 from db.job import BACKOFF_MAX_S, MAX_ATTEMPTS, JobKind, JobState, Lane, backoff_s
 from db.shares import Shares
@@ -37,6 +37,8 @@ AGEING_S = 900
 MAX_CRASHES = 3
 DEFAULT_LEASE_S = 60.0
 WORKER_DIED = "worker_died"
+#: No job is ever put off for longer, and no lease lasts longer.
+_FURTHEST = dt.timedelta(seconds=BACKOFF_MAX_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def claim(
             JobRow.state == JobState.TODO,
             JobRow.kind.in_(kinds),
             JobRow.lane.in_(lanes),
-            _is_past(JobRow.run_after),
+            is_past(JobRow.run_after, _FURTHEST),
             or_(JobRow.kind == JobKind.INFER, StudyRow.is_held.is_(False)),
             *([tuple_(AnalysisRow.bundle, folder).in_(versions)] if versions is not None else []),
         )
@@ -257,14 +259,22 @@ def put_off(session: Session, job: ClaimedJob, wait: dt.timedelta) -> None:
     _put_back(session, job, attempts=job.attempts, wait=wait, error_code="")
 
 
-def requeue_dead(session: Session) -> int:
-    """Take back the jobs of workers whose lease ran out; returns how many.
+def requeue_dead(session: Session, is_gone: Callable[[str], bool] = lambda _: False) -> int:
+    """Take back the jobs of workers whose lease ran out, or that are gone; returns how many.
+
+    is_gone : whether a worker of that name is known to have ended (`db.lifetime`): then nobody
+        waits for its lease.
 
     A death counts against a study only where nothing else was under way at that worker: else
     nobody knows which of them it was. The others run alone next time (`ClaimedJob.is_suspect`).
     """
+    is_doing = JobRow.state == JobState.DOING
+    workers = session.scalars(select(JobRow.worker).where(is_doing).distinct()).all()
+    gone = [name for name in workers if is_gone(name)]
     lapsed = session.scalars(
-        select(JobRow).where(JobRow.state == JobState.DOING, _is_past(JobRow.lease_until))
+        select(JobRow).where(
+            is_doing, or_(is_past(JobRow.lease_until, _FURTHEST), JobRow.worker.in_(gone))
+        )
     ).all()
     dead = [_claimed(session, row) for row in lapsed]
     together = Counter(job.worker for job in dead)
@@ -306,12 +316,6 @@ def _open_jobs(analysis_id: ColumnElement[int] | InstrumentedAttribute[int] | in
     return exists().where(
         JobRow.analysis_id == analysis_id, JobRow.state.in_([JobState.TODO, JobState.DOING])
     )
-
-
-def _is_past(moment: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
-    """Due; also where it lies further ahead than anything is ever put: the clock was set back."""
-    furthest = dt.timedelta(seconds=BACKOFF_MAX_S + 60)
-    return or_(moment <= func.now(), moment > func.now() + furthest)
 
 
 def _claimed(session: Session, row: JobRow) -> ClaimedJob:

@@ -7,6 +7,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from db import queue, studies
+from db.faults import point
 from db.result import Eligibility, Finding
 from db.study import AnalysisEvent
 from db.tables import NoticeRow, ResultRow, WithdrawalRow
@@ -54,6 +55,7 @@ def store_finding(
         is_partial=finding.is_partial,
     )
     queue.finish(session, job)
+    point("finding_stored")
     return moved
 
 

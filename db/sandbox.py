@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from db.errors import ChildDied, NodeError, PermanentError
+from db.faults import VARIABLE
 
 Answer = tuple[dict[str, Any], list[NDArray[Any]]]
 
@@ -35,7 +36,7 @@ _MAX_MESSAGE_CHARS = 300
 _KINDS = frozenset("biuf")  # what an array may hold: plain numbers
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 # A child gets no secrets of ours: the environment is not inherited but for these.
-_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")
+_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", VARIABLE)
 
 
 class Unreadable(PermanentError):

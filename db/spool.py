@@ -9,8 +9,10 @@ import contextlib
 import fcntl
 import os
 import re
+import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -99,8 +101,11 @@ class Spooled:
 class Part:
     """An instance on its way to the disk; nobody reads it before `commit`. One thread at a time."""
 
-    def __init__(self, folder: Path, source: Provenance) -> None:
+    def __init__(
+        self, folder: Path, source: Provenance, next_moment: Callable[[], int] = time.time_ns
+    ) -> None:
         self.id = uuid.uuid4()
+        self._next_moment = next_moment
         self._path = folder / f"{self.id}.part"
         self._is_open = True
         self.size_bytes = 0  # of the data set alone
@@ -109,6 +114,7 @@ class Part:
         try:
             with storage_errors():
                 self._file.write(encode_head(source))
+            point("spool_begun")
         except TransientError:
             self.discard()
             raise
@@ -132,18 +138,21 @@ class Part:
                 raise EmptyDataset("the data set is empty")
             with storage_errors():
                 self._file.flush()
+                point("spool_written")
+                moment = self._next_moment()
+                os.utime(self._file.fileno(), ns=(moment, moment))
                 os.fsync(self._file.fileno())
                 self._file.close()
                 point("spool_synced")
                 final = self._path.with_suffix(".dcm")
                 os.rename(self._path, final)
                 self._path = final  # so that a folder that cannot be synced leaves nothing behind
+                point("spool_renamed")
                 sync_folder(final.parent)
         except (EmptyDataset, TransientError):
             self.discard()
             raise
         self._is_open = False
-        point("spool_renamed")
         return self.id
 
     def discard(self) -> None:
@@ -173,6 +182,18 @@ class Spool:
         self._min_free_mb = min_free_mb
         self._lock = FolderLock(self.folder, ".receiver.lock")
         clear_parts(self.folder)
+        self._stamping = threading.Lock()
+        with storage_errors():
+            self._last_ns = max((at for at, _ in _entries(self.folder)), default=0)
+
+    def _next_moment(self) -> int:
+        """Nanoseconds since the epoch; later each time, also where the clock was set back.
+
+        Of two instances that contradict each other the first one counts.
+        """
+        with self._stamping:
+            self._last_ns = max(time.time_ns(), self._last_ns + 1)
+            return self._last_ns
 
     def begin(self, source: Provenance) -> Part:
         """Open a place for an instance whose bytes are still to come.
@@ -189,7 +210,7 @@ class Spool:
         folder = self.folder / source.tenant
         with storage_errors():
             make_folder(folder)
-        return Part(folder, source)
+        return Part(folder, source, self._next_moment)
 
     def keep(self, source: Provenance, data: bytes | Iterable[bytes]) -> uuid.UUID:
         """Spool a whole data set in `source.transfer_syntax_uid`, without a file meta group.

@@ -85,6 +85,19 @@ def lock(session: Session, study_id: int) -> None:
     )
 
 
+def last_arrival(session: Session, study: StudyRow) -> dt.datetime:
+    """When a study's last instance came; `study` is locked.
+
+    Now, where that lies ahead: the clock was set back since, and waits begin anew.
+    """
+    now: dt.datetime = session.execute(select(func.now())).scalar_one()
+    if study.last_instance_at > now:
+        study.last_instance_at = now
+        study.row_version += 1
+        session.flush()
+    return study.last_instance_at
+
+
 def move(
     session: Session,
     analysis: Analysis,

@@ -18,6 +18,7 @@ from config.settings import Settings
 from config.tenants import Destination, Tenant
 from db import notices, withdrawals
 from db.errors import PermanentError
+from db.faults import point
 from db.files import result_folder, write_durably
 from db.notices import Notice
 from db.queue import ClaimedJob
@@ -223,10 +224,12 @@ class Assembler:
         self._check_unchanged(subject, key, built)
         for one in built:
             write_durably(self.path(subject, one.sop_instance_uid), one.data)
+            point("object_written")
         with Session(self._engine) as session, session.begin():
             for one in built:
                 values = _row_values(subject, key, one)
                 session.execute(insert(ObjectRow).values(values).on_conflict_do_nothing())
+        point("objects_recorded")
         log.info("objects_built", result_id=str(subject.result_id), n_objects=len(built))
 
     def _check_unchanged(self, subject: Subject, key: str, built: Sequence[BuiltObject]) -> None:

@@ -13,6 +13,7 @@ from config.settings import Settings
 from config.tenants import Destination, Tenant
 from db import notices, outbox, queue, results, studies
 from db.errors import NodeError, PermanentError, TransientError
+from db.faults import point
 from db.job import JobKind
 from db.process import Stop
 from db.shares import Shares
@@ -63,6 +64,7 @@ class Builder:
             job = queue.claim(session, KINDS, self._worker, lease_s=LEASE_S, shares=self._shares)
         if job is None:
             return False
+        point("build_claimed")
         with (
             structlog.contextvars.bound_contextvars(tenant=job.tenant, job_id=job.id),
             Lease(self._engine, partial(_renew, job), lease_s=LEASE_S),
@@ -103,8 +105,10 @@ class Builder:
             studies.move(session, analysis, AnalysisEvent.OBJECTS_BUILT)
             queue.finish(session, job)
             outbox.settle(session, analysis.id)  # with no destination it is delivered by now
+            point("build_concluded")
 
         record(self._engine, conclude, stop)
+        point("build_committed")
         log.info("result_built", analysis_id=job.analysis_id, n=len(pairs))
 
     def _notify(self, job: queue.ClaimedJob, stop: Stop) -> None:
@@ -119,6 +123,7 @@ class Builder:
                 queue.put_off(session, job, wait)
                 return
         subject = self._assembler.notice(job)
+        point("notice_drawn")
         pairs = _pairs(owed, self._ensure(subject, owed, is_shadow=False))
 
         def conclude(session: Session) -> None:

@@ -16,6 +16,7 @@ from pynetdicom.presentation import PresentationContext, build_context
 
 from db.answers import is_delivered
 from db.errors import PermanentError
+from db.faults import point
 from dicom_sr.association import Entity, Peer, speaking, why_not
 from dicom_sr.line import NoLine
 from dicom_sr.plan import REPORT
@@ -163,7 +164,9 @@ def _send_all(
         limit_s = time_limit_s(peer, _size(built))
         if built is not None and not may_go_on(parcel.sop_instance_uid, limit_s):
             return Delivery(answers, STOPPED)
+        point("object_to_send")
         answer = _send(association, built, limit_s)
+        point("object_sent")
         if answer is None:
             return Delivery(answers, "no_answer")
         if answer is not CONTEXT_REFUSED:

@@ -16,6 +16,7 @@ from db import claims, dispatch, reach, replaced
 from db.answers import is_delivered, is_due
 from db.claims import ClaimedDelivery
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
+from db.faults import point
 from db.notices import Notice
 from db.process import Stop
 from db.sandbox import Sandbox
@@ -83,6 +84,7 @@ class Sender:
             delivery = claims.claim_due(session, tenant, destination, self._worker)
         if delivery is None:
             return False
+        point("delivery_claimed")
         with structlog.contextvars.bound_contextvars(
             tenant=tenant, destination=destination, delivery_id=delivery.id
         ):
@@ -226,6 +228,7 @@ class Sender:
         try:
             with Session(self._engine) as session, session.begin():
                 claims.note(session, delivery, {uid: answer.code})
+            point("object_noted")
         except DBAPIError as error:
             if not is_away(error):
                 raise
@@ -306,8 +309,10 @@ class Sender:
                 dispatch.refuse(session, delivery, codes, error_code=refused[0])
             else:
                 dispatch.accept(session, delivery, codes)
+            point("delivery_concluded")
 
         self._record(conclude, stop)
+        point("delivery_committed")
         outcome = sent.error or (refused[0] if refused else "delivered")
         log.info("delivery_tried", outcome=outcome, n_objects=len(answers))
         _warn(answers)

@@ -12,7 +12,8 @@ from config import logs
 from config.settings import SettingsError, load
 from db.engine import engine_for
 from db.errors import PermanentError
-from db.heartbeat import Heartbeat, process_name
+from db.heartbeat import Heartbeat
+from db.lifetime import worker_name
 from db.process import Stop, StopSignal
 from inference.device import Device
 from inference.fleet import Fleet, OverrideRefused
@@ -51,7 +52,7 @@ def main(config: Path | None = None) -> int:
         _start("models", fleet.run, stop),
     ]
     log.info("ready", device=str(device), n=len(fleet.served))
-    worker = process_name("inference")
+    worker = worker_name("inference")
     try:
         runner = Device(device, settings.inference.max_batch)
         Scheduler(engine, settings, fleet, runner, worker, stop).run()

@@ -25,7 +25,7 @@ from inference.predict import Prepared, prepare
 from inference.volume import Decoded, NoVolume, build_volume
 
 #: An instance whose decoding kills the child this often is not read again.
-MAX_DEATHS = 2
+MAX_DEATHS = 3
 
 
 class DecoderKilled(PermanentError):
@@ -127,7 +127,7 @@ def decode(
     header: InstanceHeader,
     settings: InferenceSettings,
 ) -> Decoded:
-    """Decode one instance in a child; a second child tries when the first one dies.
+    """Decode one instance in a child; another child tries when one dies.
 
     Raises
     ------

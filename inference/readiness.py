@@ -5,15 +5,17 @@ import time
 from collections.abc import Mapping
 
 import structlog
-from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Engine, and_, func, select, tuple_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from config.tenants import Tenant
 from db import activations, operator, queue, results, studies
 from db.activations import Version
+from db.clock import is_past
+from db.faults import point
 from db.header import InstanceHeader
+from db.lifetime import is_gone
 from db.process import Stop
 from db.result import Eligibility
 from db.shares import Shares
@@ -68,7 +70,7 @@ class Readiness:
 
     def requeue_dead(self) -> None:
         with Session(self._engine) as session, session.begin():
-            if n := queue.requeue_dead(session):
+            if n := queue.requeue_dead(session, is_gone):
                 log.warning("dead_jobs_requeued", n=n)
         with Session(self._engine) as session, session.begin():
             if n := queue.restore_lost(session):
@@ -92,12 +94,7 @@ class Readiness:
                     ),
                 )
                 .where(
-                    # A moment further ahead than any wait was written before the clock was set
-                    # back: it is due.
-                    or_(
-                        AnalysisRow.judge_at <= func.now(),
-                        AnalysisRow.judge_at > func.now() + self._longest_wait(),
-                    ),
+                    is_past(AnalysisRow.judge_at, self._longest_wait()),
                     tuple_(AnalysisRow.bundle, folder).in_(list(ready)),
                 )
                 # As the claim does: ten thousand that are due hold up no emergency.
@@ -117,11 +114,13 @@ class Readiness:
             row = session.get_one(AnalysisRow, analysis_id)
             version = Version(row.bundle, where)
             self._judge(session, row, study, version, ready[version].bundle.manifest)
-            return True
+            point("readiness_moved")
+        point("readiness_committed")
+        return True
 
     def _longest_wait(self) -> dt.timedelta:
         waits = [t.quiet_period_s + t.max_wait_s for t in self._tenants.values()]
-        return dt.timedelta(seconds=max(waits, default=0.0) + 60)
+        return dt.timedelta(seconds=max(waits, default=0.0))
 
     def _judge(
         self,
@@ -150,23 +149,15 @@ class Readiness:
             self._look_again(session, row, None)
             return
         verdict = select_images(session, study.id, headers, manifest)
-        has_waited = self._has_waited(session, study, tenant)
-        deadline = study.last_instance_at + dt.timedelta(seconds=tenant.max_wait_s)
+        last = studies.last_arrival(session, study)
+        deadline = last + dt.timedelta(seconds=tenant.max_wait_s)
+        # Measured by the database's clock alone.
+        has_waited = bool(session.scalar(select(func.now() >= deadline)))
         if isinstance(verdict, Eligibility):
             again = self._not_eligible(session, analysis, verdict, version)
         else:
             again = self._eligible(session, analysis, verdict, version, has_waited=has_waited)
         self._look_again(session, row, deadline if again else None)
-
-    def _has_waited(self, session: Session, study: StudyRow, tenant: Tenant) -> bool:
-        """Whether whatever is missing has had its time. Measured by the database's clock alone."""
-        return bool(
-            session.scalar(
-                select(
-                    func.now() >= study.last_instance_at + dt.timedelta(seconds=tenant.max_wait_s)
-                )
-            )
-        )
 
     def _is_as_before(
         self,

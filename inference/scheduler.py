@@ -31,6 +31,7 @@ from config.settings import Settings
 from config.tenants import Tenant
 from db import queue, results
 from db.errors import DatabaseAway, NodeError, PermanentError, StaleAnalysis, TransientError
+from db.faults import point
 from db.files import result_folder, write_durably
 from db.job import JobKind, Lane
 from db.process import Stop
@@ -205,6 +206,7 @@ class Scheduler:
                 session.rollback()
                 return False
             session.commit()
+        point("infer_claimed")
         served = ready[job.version]
         log.info(
             "job_claimed",
@@ -249,6 +251,7 @@ class Scheduler:
         if isinstance(made, Eligibility):
             self._end(flight, made)
             return True
+        point("infer_loaded")
         flight.loaded = made
         inputs = made.prepared.inputs
         n_outputs = flight.served.bundle.manifest.outputs
@@ -270,6 +273,7 @@ class Scheduler:
             for work, _, _ in batch.parts:
                 self._give_back(self._flights[work.key])
             raise
+        point("infer_scored")
         log.debug("batch_scored", n=batch.n, duration_s=round(time.monotonic() - started, 3))
         for work in batch.scatter(scored):
             if work.key in self._flights:
@@ -319,8 +323,10 @@ class Scheduler:
             lambda model: make_heatmaps(prepared, finding, served.bundle, model),
         )
         write_maps(self._data_dir, flight.job.tenant, finding, maps)
+        point("maps_written")
         chosen = flight.loaded.instance_ids
         self._commit(lambda session: results.store_finding(session, flight.job, finding, chosen))
+        point("finding_committed")
         self._flights.pop(flight.job.id)
         log.info(
             "finding_stored",

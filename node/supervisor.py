@@ -18,7 +18,7 @@ import structlog
 
 from config import logs
 from config.settings import Settings, SettingsError, load
-from db.errors import PermanentError, TransientError
+from db.errors import DatabaseAway, PermanentError, TransientError
 from db.spool import FolderLock, SpoolBusy
 
 log = structlog.get_logger()
@@ -206,10 +206,10 @@ class Supervisor:
                 self._note(stage, line)
                 stage, line = self._lines.get_nowait()
         except queue.Empty:
-            sys.stdout.flush()
+            logs.Output.flush()
 
     def _note(self, stage: Stage, line: bytes) -> None:
-        sys.stdout.write(line.decode("utf-8", "replace"))
+        logs.Output.write(line.decode("utf-8", "replace"))
         fields = _fields(line)
         if fields.get("event") == ADDRESS_EVENT and "port" in fields:
             address = f"{fields.get('address', '')}:{fields['port']}"
@@ -283,7 +283,7 @@ def _tend_database(settings: Settings) -> None:
     log.error("database_started_again")
     try:
         embedded.start(settings.node.data_dir)
-    except embedded.EmbeddedFailed as error:
+    except (embedded.EmbeddedFailed, DatabaseAway) as error:
         _say(str(error))
 
 
@@ -334,7 +334,8 @@ def _offer_set_up_link(settings: Settings, stages: Sequence[Stage]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    logs.Output.write(f"{line}\n")
+    logs.Output.flush()
 
 
 def _fields(line: bytes) -> dict[str, Any]:

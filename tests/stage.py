@@ -3,8 +3,10 @@
 import datetime as dt
 import io
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from pydicom import Dataset, dcmwrite
@@ -45,6 +47,7 @@ class Stages:
         bundle: Path,
         *,
         neighbours: tuple[Tenant, ...] = (),
+        inference: Mapping[str, Any] = MappingProxyType({}),
         **tenant: object,
     ) -> None:
         name = bundle.name
@@ -53,7 +56,9 @@ class Stages:
         self.settings = settings.model_copy(
             update={
                 "tenants": (owner, *neighbours),
-                "inference": InferenceSettings(models=(str(bundle),), loaders=1),
+                "inference": InferenceSettings(
+                    models=(str(bundle),), **{"loaders": 1, **inference}
+                ),
             }
         )
         self.engine = engine

@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pydicom
@@ -21,15 +22,15 @@ from config.settings import load
 from db import embedded
 from db.engine import engine_for
 from db.tables import AnalysisRow, InstanceRow, ResultRow, StudyRow
-from node.running import RunningNode, free_port
+from node.running import NodeFailed, RunningNode, free_port
 from tests import validators
 from tests.e2e.raw_sender import store
 
 QUIET_S = 2
 DEADLINE_S = 120  # shared 2-core machines: the promise itself is measured by hand
 ENDED = ("DELIVERED", "DELIVERED_IN_PART", "NOT_ANALYSED", "FAILED")
-# The third one gives up waiting for missing images after so long; the others have the default.
-TENANTS = {"north": None, "south": None, "east": QUIET_S + 4}
+# What each has beside its names; the third one gives up waiting for missing images soon.
+TENANTS = {"north": "", "south": "", "east": f"max_wait_s = {QUIET_S + 4}"}
 PEER_ENVIRONMENT = {**os.environ, "TCP_NODELAY": "1"}
 
 
@@ -80,9 +81,28 @@ class Archive:
 class Hospital:
     """The node and its archives, and what a tester asks of them."""
 
-    def __init__(self, node: RunningNode, folder: Path, archives: dict[str, Archive]) -> None:
-        self.node, self.folder, self.archives = node, folder, archives
+    def __init__(
+        self, folder: Path, archives: dict[str, Archive], environment: Mapping[str, str]
+    ) -> None:
+        self.folder, self.archives, self._environment = folder, archives, environment
         self.config = folder / "vigil.toml"
+        self.start()
+        try:
+            self.node.wait_ready(600)
+        except NodeFailed:
+            self.node.stop()
+            raise
+        # Made once: asking for the embedded database's URL would start it where it is down.
+        self._engine = engine_for(load(self.config), "node")
+
+    def start(self) -> None:
+        """The node; once more after it was stopped or killed."""
+        log = self.folder / "node.log"
+        self.node = RunningNode(self.config, log, environment=self._environment)
+
+    def close(self) -> None:
+        self._engine.dispose()
+        self.node.stop()
 
     @property
     def port(self) -> int:
@@ -119,12 +139,8 @@ class Hospital:
         return self.archives[tenant].received(study_uid)
 
     def query(self, statement) -> list:
-        engine = engine_for(load(self.config), "node")
-        try:
-            with Session(engine) as session:
-                return list(session.scalars(statement))
-        finally:
-            engine.dispose()
+        with Session(self._engine) as session:
+            return list(session.scalars(statement))
 
     def study_rows(self, table, study_uid: str, tenant: str = "north") -> list:
         """Rows of a table that names its study, oldest first."""
@@ -224,14 +240,14 @@ def written(datasets: Sequence[Dataset], folder: Path) -> list[Path]:
     return paths
 
 
-def tenant_toml(name: str, archive: Archive) -> str:
-    title, wait = name.upper(), TENANTS[name]
+def tenant_toml(name: str, more: str, archive: Archive) -> str:
+    title = name.upper()
     return f"""
 [[tenants]]
 id = "{name}"
 ae_titles = ["{title}_AI"]
 quiet_period_s = {QUIET_S}
-{f"max_wait_s = {wait}" if wait else ""}
+{more}
 [[tenants.senders]]
 ae_title = "{title}_CT"
 [[tenants.destinations]]
@@ -243,21 +259,38 @@ port = {archive.port}
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Hospital]:
-    """A node with the shipped bundle that is ready, its embedded database and its peers."""
+def running(
+    folder: Path,
+    *,
+    tenants: Mapping[str, str] = TENANTS,
+    destinations: Mapping[str, str] = MappingProxyType({}),
+    database_url: str = "",
+    inference: str = "",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Hospital]:
+    """A node that is ready, with its peers; the shipped bundle and embedded database if not told.
+
+    tenants, destinations : by tenant, what each and its destination have beside their names
+    """
     archives: dict[str, Archive] = {}
-    config = folder / "vigil.toml"
+    hospital = None
     try:
-        for name in TENANTS:
+        for name in tenants:
             archives[name] = Archive(name, folder)
-        config.write_text(
-            f'[node]\ndata_dir = "{folder}/var"\nmin_free_mb = 0\n[scp]\nport = 0\n'
-            "[dashboard]\nport = 0\n" + "".join(tenant_toml(*item) for item in archives.items())
+        parts = [
+            tenant_toml(name, tenants[name], archive) + destinations.get(name, "")
+            for name, archive in archives.items()
+        ]
+        (folder / "vigil.toml").write_text(
+            f'[node]\ndata_dir = "{folder}/var"\ndatabase_url = "{database_url}"\n'
+            "min_free_mb = 0\n[scp]\nport = 0\n[dashboard]\nport = 0\n"
+            f"[inference]\n{inference}\n" + "".join(parts)
         )
-        with RunningNode(config, folder / "node.log") as node:
-            node.wait_ready(180)
-            yield Hospital(node, folder, archives)
+        hospital = Hospital(folder, archives, environment)
+        yield hospital
     finally:
+        if hospital:
+            hospital.close()
         for archive in archives.values():
             archive.kill()
         embedded.stop(folder / "var")

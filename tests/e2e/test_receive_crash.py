@@ -1,150 +1,28 @@
 """Reception and intake killed at every step: what was acknowledged is there, once (H38, H40)."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from pynetdicom import AE
-from sqlalchemy import create_engine, func, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import create_engine, text
 
-from db.spool import scan
-from db.tables import InstanceRow, ProcessRow, QuarantineRow, StudyRow
+from db.faults import POINTS
+from db.tables import ProcessRow
 from tests.builders import ct_series
+from tests.e2e.reception import assert_whole, count, send, spooled, stored, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-ROOT = Path(__file__).parents[2]
-RECEIVER_POINTS = ("spool_synced", "spool_renamed", "store_kept")
-INTAKE_POINTS = ("intake_rows_committed", "intake_linked", "intake_stored")
 
-
-class Stage:
-    """`vigil scp` as a process, with its children."""
-
-    def __init__(self, config, log, fault=""):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "VIGIL_FAULT": fault}
-        self.log = log
-        with open(log, "wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "scp", "--config", str(config)],
-                stdout=out, stderr=out, env=environment, cwd=ROOT,
-            )  # fmt: skip
-        wait_for(lambda: self.lines("listening"))
-        self.port = self.lines("listening")[0]["port"]
-
-    def lines(self, event):
-        found = []
-        for line in self.log.read_text().splitlines():
-            if line.startswith("{") and line.endswith("}"):
-                entry = json.loads(line)
-                found += [entry] if entry["event"] == event else []
-        return found
-
-    def children(self):
-        return psutil.Process(self.process.pid).children()
-
-    def kill(self):
-        """-9 for all of it at once, as a power cut does."""
-        family = [psutil.Process(self.process.pid), *self.children()]
-        for process in family:
-            process.kill()
-        psutil.wait_procs(family, timeout=10)
-        self.process.wait()
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.terminate()
-        return self.process.wait(20)
-
-
-@pytest.fixture
-def stage(settings, tmp_path):
-    """Starts the stage; whatever still runs at the end is stopped."""
-    url = settings.node.database_url.get_secret_value()
-    config = tmp_path / "vigil.toml"
-    config.write_text(
-        f'[node]\ndata_dir = "{settings.node.data_dir}"\ndatabase_url = "{url}"\nmin_free_mb = 0\n'
-        "[scp]\nport = 0\nprocesses = 1\n"
-    )
-    started = []
-
-    def start(fault="", changes=None):
-        if changes:
-            config.write_text(config.read_text().replace(*changes))
-        started.append(Stage(config, tmp_path / f"log{len(started)}", fault))
-        return started[-1]
-
-    yield start
-    for one in started:
-        if one.process.poll() is None:
-            one.kill()
-
-
-def wait_for(condition, timeout_s=30.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def send(port, images):
-    """The SOP Instance UIDs that were acknowledged; one association each, as some scanners do."""
-    acknowledged = set()
-    for image in images:
-        ae = AE(ae_title="CT1")
-        ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 5
-        ae.add_requested_context(image.SOPClassUID, image.file_meta.TransferSyntaxUID)
-        peer = ae.associate("127.0.0.1", port, ae_title="VIGIL")
-        if not peer.is_established:
-            continue
-        status = peer.send_c_store(image)
-        if status and status.Status == 0x0000:
-            acknowledged.add(image.SOPInstanceUID)
-        peer.release()
-    return acknowledged
-
-
-def stored(engine):
-    with Session(engine) as session:
-        rows = select(InstanceRow.sop_instance_uid).where(InstanceRow.stored_at.is_not(None))
-        return set(session.scalars(rows))
-
-
-def count(engine, table):
-    with Session(engine) as session:
-        return session.scalar(select(func.count()).select_from(table))
-
-
-def spooled(settings):
-    return scan(settings.node.data_dir / "spool" / "scp-0")
-
-
-def assert_whole(engine, settings, images):
-    """Each instance once, in the database and in the store; nothing anywhere else."""
-    with Session(engine) as session:
-        study = session.scalars(select(StudyRow)).one()
-        ids = {str(key) for key in session.scalars(select(InstanceRow.id))}
-    assert study.n_instances == study.inputs_version == len(images)
-    files = list((settings.node.data_dir / "store").rglob("*.dcm"))
-    assert {path.stem for path in files} == ids
-    assert len(files) == len(images)
-    assert count(engine, QuarantineRow) == 0
-    assert not list((settings.node.data_dir / "spool").rglob("*.part"))
-
-
-@pytest.mark.parametrize("point", [*RECEIVER_POINTS, *INTAKE_POINTS])
+@pytest.mark.parametrize("point", [*POINTS["receiver"], *POINTS["intake"]])
 def test_h38_killed_at_any_point_everything_acknowledged_is_there_once(
     stage, settings, engine, point
 ):
     images = ct_series(slices=6)
-    broken = stage(fault=f"{point}:3" if point in RECEIVER_POINTS else point)
+    broken = stage(fault=point, passes=3 if point in POINTS["receiver"] else 1)
     acknowledged = send(broken.port, images)
     wait_for(lambda: broken.lines("child_ended"))
     broken.kill()

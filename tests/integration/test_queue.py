@@ -66,6 +66,20 @@ def test_deaths_of_several_jobs_at_once_count_against_none(engine):
     assert claim(engine).is_suspect
 
 
+def test_a_worker_that_is_known_to_be_dead_is_not_waited_for(engine):
+    analysis_id = make_analysis(engine)
+    go(engine, analysis_id, _E.SERIES_READY)
+    first = claim(engine)
+
+    with Session(engine) as session, session.begin():
+        assert queue.requeue_dead(session, lambda worker: worker != first.worker) == 0
+        assert queue.requeue_dead(session, lambda worker: worker == first.worker) == 1
+    due(engine)
+
+    again = claim(engine)
+    assert (again.id, again.crashes, again.is_suspect) == (first.id, 1, True)
+
+
 def test_whoever_lost_the_lease_cannot_finish_the_job(engine):
     go(engine, make_analysis(engine), _E.SERIES_READY)
     late = claim(engine)
@@ -97,7 +111,7 @@ def test_a_full_disk_is_no_try_of_the_studys(engine):
     assert state_of(engine, analysis_id)[0] == "QUEUED"
 
 
-def test_a_clock_that_was_set_back_keeps_nothing_waiting(engine):
+def test_h44_a_clock_that_was_set_back_keeps_nothing_waiting(engine):
     go(engine, make_analysis(engine), _E.SERIES_READY)
     with Session(engine) as session, session.begin():
         session.execute(update(JobRow).values(run_after=func.now() + dt.timedelta(hours=1)))

@@ -161,7 +161,7 @@ def test_a_tenant_that_has_had_its_turn_lets_another_go_first(engine):
     assert ids[1] == other
 
 
-def test_a_dead_workers_job_comes_back_and_is_given_up_after_three_deaths(engine):
+def test_h42_a_dead_workers_job_comes_back_and_is_given_up_after_three_deaths(engine):
     analysis_id = make_analysis(engine)
     go(engine, analysis_id, _E.SERIES_READY)
 
