@@ -59,6 +59,10 @@ POINTS: Mapping[str, Mapping[str, str]] = {
         "delivery_committed": "the delivery is over",
         "notice_drawn": "a page AI NOT PROCESSED has its row, no object",
     },
+    "operator": {  # `vigil quarantine release`: nobody comes through in an ordinary run
+        "release_linked": "files have their new names, rows are not committed",
+        "release_committed": "rows are committed, old names are left",
+    },
 }
 
 

@@ -47,8 +47,11 @@ KINDS = {
     "clear": 'thresholds = { "head.any" = 0.9 }',
     "refused": f"max_wait_s = {QUIET_S + 1}",
 }
-#: The process at whose points a fault kills, by its module's name in the command line.
-ALL_POINTS = {name: process for process, points in POINTS.items() for name in points}
+#: The process at whose points a fault kills, by its module's name in the command line. Those of
+#: an operator's hand are not among them.
+ORDINARY = {
+    name: process for process, points in POINTS.items() for name in points if process != "operator"
+}
 DEADLINE_S = 240.0
 
 

@@ -26,7 +26,7 @@ import psutil
 
 from db.faults import POINTS, arm
 from tests.e2e import disturbed
-from tests.e2e.disturbed import ALL_POINTS, KINDS, Disturbed, Outcome, Study
+from tests.e2e.disturbed import KINDS, ORDINARY, Disturbed, Outcome, Study
 from tests.e2e.server import Server
 
 #: Of the processes below a supervisor, by what stands in their command lines.
@@ -122,7 +122,7 @@ class Soak:
     # What disturbs.
 
     def _shuffled(self) -> list[str]:
-        names = list(ALL_POINTS)
+        names = list(ORDINARY)
         self.random.shuffle(names)
         return names
 
@@ -135,7 +135,7 @@ class Soak:
 
         def run(_: Study) -> str:
             arm(self.node.faults, name, passes)
-            return f"{ALL_POINTS[name]} dies at {name}"
+            return f"{ORDINARY[name]} dies at {name}"
 
         return Action("killed at a named point", name, 0.0, run)
 

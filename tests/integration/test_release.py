@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from config.tenants import Tenant
 from db import operator
 from db.errors import PermanentError
+from db.faults import POINTS, VARIABLE, arm
 from db.release import Release
 from db.release_rules import CannotBeReleased, ResultsOut
 from db.sandbox import Sandbox
@@ -562,7 +563,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("point", ["release_linked", "release_committed"])
+@pytest.mark.parametrize("point", POINTS["operator"])
 def test_h38_a_release_that_is_killed_has_happened_wholly_or_not_at_all(node, tmp_path, point):
     images = ct_series(slices=2)
     wrong = node.file(*images)
@@ -576,10 +577,13 @@ def test_h38_a_release_that_is_killed_has_happened_wholly_or_not_at_all(node, tm
     )
     script = tmp_path / "release.py"
     script.write_text(KILLED)
+    faults = tmp_path / "faults"
+    (faults / "armed").mkdir(parents=True)
+    arm(faults, point)
 
     run = subprocess.run(
         [sys.executable, str(script), str(config), str(study.id)],
-        env={**os.environ, "VIGIL_FAULT": point, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, VARIABLE: str(faults), "PYTHONPATH": os.pathsep.join(sys.path)},
         timeout=300,
     )
 
