@@ -68,7 +68,7 @@ def test_a_withdrawn_result_is_called_so_and_nothing_it_said_is_shown(web: Web) 
             select(AnalysisRow).join(StudyRow).where(StudyRow.public_id == key)
         ).one()
         withdrawals.withdraw(session, row.id, actor="admin", reason=WithdrawalReason.PATIENT_SAFETY)
-    reader = web.person("reader", "north")
+    reader = web.person("reader", "north", "other")
 
     assert listed(web) == ["SUSPECTED", "WITHDRAWN"]
     found = reader.get("/api/v1/studies?outcome=withdrawn").json()["lines"]

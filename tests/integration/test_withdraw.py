@@ -231,11 +231,11 @@ def test_h8_what_is_on_the_line_is_the_last_of_it_and_is_rejected_too(node, pacs
     result_id = node.found(analysis_id)
     pacs.stalls, pacs.stalls_after = True, 2
     with running(node.deliverer):
-        assert pacs.is_stalled.wait(30)
+        assert pacs.is_stalled.wait(120)
         withdraw(node, analysis_id)
         assert node.claim(worker="other") is None  # the note waits for what is on the line
         pacs.let_go()
-        wait_until(lambda: len(notes(pacs)) == 1)
+        wait_until(lambda: len(notes(pacs)) == 1, 120)
 
     (note,) = notes(pacs)
     assert len(named(note)) == 3
@@ -249,10 +249,10 @@ def test_h8_a_study_that_is_held_in_mid_send_goes_no_further_until_that_is_decid
     node.found(analysis_id)
     pacs.stalls, pacs.stalls_after = True, 2
     with running(node.deliverer):
-        assert pacs.is_stalled.wait(30)
+        assert pacs.is_stalled.wait(120)
         set_study(node, is_held=True)
         pacs.let_go()
-        wait_until(lambda: delivery_states(node) == ["WAITING"])
+        wait_until(lambda: delivery_states(node) == ["WAITING"], 120)
     assert len(pacs.received) == 2
 
     set_study(node, is_held=False)
