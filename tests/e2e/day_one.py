@@ -264,10 +264,10 @@ def uids_that_disagree(hospital: Hospital, folder: Path) -> str:
     moved, lying = changed([study[9], study[10]])
     moved.SeriesInstanceUID = generate_uid()
     expect(hospital.store(moved, encoded(moved)) == OK, "the moved one was refused")
-    body = encoded(lying)
+    body, said = encoded(lying), lying.SOPInstanceUID
     lying.SOPInstanceUID = generate_uid()
     expect(hospital.store(lying, body) == OK, "the lying one was refused")
-    entries = [set_aside(hospital, one.SOPInstanceUID) for one in (moved, lying)]
+    entries = [set_aside(hospital, one) for one in (moved.SOPInstanceUID, said)]
     for entry in entries:
         hospital.vigil("quarantine", "discard", entry["id"])
     codes = [entry["code"] for entry in entries]

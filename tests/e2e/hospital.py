@@ -85,7 +85,10 @@ class Hospital:
         self, folder: Path, archives: dict[str, Archive], environment: Mapping[str, str]
     ) -> None:
         self.folder, self.archives, self._environment = folder, archives, environment
-        self.config = folder / "vigil.toml"
+        self._begin(folder / "vigil.toml")
+
+    def _begin(self, config: Path) -> None:
+        self.config = config
         self.start()
         try:
             self.node.wait_ready(600)
@@ -99,6 +102,11 @@ class Hospital:
         """The node; once more after it was stopped or killed."""
         log = self.folder / "node.log"
         self.node = RunningNode(self.config, log, environment=self._environment)
+
+    def move_to(self, config: Path) -> None:
+        """Another node takes the place of this one."""
+        self.close()
+        self._begin(config)
 
     def close(self) -> None:
         self._engine.dispose()

@@ -13,7 +13,6 @@ import pytest
 
 from db import embedded
 from db.tables import DeliveryRow
-from node.running import RunningNode
 from tests.builders import real_size_study
 from tests.e2e.hospital import Hospital, eventually, running, written
 
@@ -72,20 +71,19 @@ def test_h46_a_node_lost_in_mid_flight_goes_on_elsewhere_and_sends_nothing_twice
         restored = vigil("db", "restore", tmp_path / "backup", "--config", elsewhere)
         assert restored["n_instances"] == made["n_instances"] >= len(done) + len(waiting)
         try:
-            with RunningNode(elsewhere, tmp_path / "elsewhere.log") as node:
-                node.wait_ready(180)
-                hospital.node, hospital.config = node, elsewhere
-                outage.close()
-                assert hospital.send(paths[10:20]).returncode == 0
-                states = [
-                    hospital.outcome(uid, tenant, result_no=1).state
-                    for uid, tenant in zip(uids, ("north", "east", "north"), strict=True)
-                ]
-                results = [
-                    len(hospital.results(uid, tenant))
-                    for uid, tenant in zip(uids, ("north", "east", "north"), strict=True)
-                ]
-                stored = hospital.stored(uids[2])
+            hospital.move_to(elsewhere)
+            outage.close()
+            assert hospital.send(paths[10:20]).returncode == 0
+            states = [
+                hospital.outcome(uid, tenant, result_no=1).state
+                for uid, tenant in zip(uids, ("north", "east", "north"), strict=True)
+            ]
+            results = [
+                len(hospital.results(uid, tenant))
+                for uid, tenant in zip(uids, ("north", "east", "north"), strict=True)
+            ]
+            stored = hospital.stored(uids[2])
+            hospital.close()
         finally:
             embedded.stop(tmp_path / "elsewhere")
 
