@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,7 @@ class Node:
     engine: Engine
     settings: Settings
     sandbox: Sandbox
+    salts: dict[int, str] = field(default_factory=dict)  # analysis -> that of its images
 
     def sends_to(self, *destinations: Destination) -> "Node":
         tenant = Tenant(id="north", ae_titles=("NORTH_AI",), destinations=destinations)
@@ -81,9 +82,9 @@ class Node:
         path.write_text("\n".join(lines))
         return path
 
-    def study(self, *, origin: str = "dicom", **changes: object) -> int:
-        """A received study: row, files in the store; returns its analysis."""
-        series = sorted(ct_series(), key=lambda d: float(d.ImagePositionPatient[2]))
+    def study(self, *, origin: str = "dicom", salt: str = "", **changes: object) -> int:
+        """A received study, of each salt another: row, files in the store; its analysis."""
+        series = sorted(ct_series(salt=salt), key=lambda d: float(d.ImagePositionPatient[2]))
         first = series[0]
         with Session(self.engine) as session, session.begin():
             study = StudyRow(
@@ -97,8 +98,10 @@ class Node:
             session.add(study)
             session.flush()
             studies.ensure_analyses(session, study, self.settings.tenants[0])
-            analysis_id = session.scalars(select(AnalysisRow.id)).one()
+            mine = select(AnalysisRow.id).where(AnalysisRow.study_id == study.id)
+            analysis_id = session.scalars(mine).one()
             study_id = study.id
+        self.salts[analysis_id] = salt
         finding = make_finding(series)
         for image, dataset in zip(finding.images, series, strict=True):
             data = io.BytesIO()
@@ -110,7 +113,8 @@ class Node:
 
     def found(self, analysis_id: int, *, positive: bool = True, **changes: object) -> uuid.UUID:
         """The numbers of a result, stored as inference stores them."""
-        series = sorted(ct_series(), key=lambda d: float(d.ImagePositionPatient[2]))
+        images = ct_series(salt=self.salts.get(analysis_id, ""))
+        series = sorted(images, key=lambda d: float(d.ImagePositionPatient[2]))
         finding = make_finding(
             series, positive=positive, **{"result_uuid": str(uuid.uuid4()), **changes}
         )

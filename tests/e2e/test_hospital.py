@@ -10,15 +10,17 @@ from collections import Counter
 
 import pydicom
 import pytest
-from pydicom.uid import generate_uid
+from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 from sqlalchemy import select
 
 from db.tables import (
+    AnalysisRow,
     AuditRow,
     DeliveryRow,
     DestinationRow,
     InstanceRow,
     ObjectRow,
+    ReturnedRow,
     StudyRow,
 )
 from tests import validators
@@ -85,6 +87,36 @@ def test_the_same_study_sent_twice_has_one_result(hospital, tmp_path):
 
     assert hospital.outcome(uid).row_version == first.row_version
     assert len(hospital.results(uid)) == 1
+
+
+def test_h25_a_whole_result_that_is_sent_back_to_us_starts_nothing(hospital, tmp_path):
+    study = small_study("lesion", seed=30)
+    uid = study[0].StudyInstanceUID
+    hospital.send(written(study, tmp_path / "study"))
+    first = hospital.outcome(uid, result_no=1)
+    assert (first.state, first.reason) == ("DELIVERED", "")
+    objects = hospital.received("north", uid)
+    implicit = [pydicom.dcmread(one.filename) for one in objects]
+    for one in implicit:
+        one.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    ours = {one.SOPInstanceUID for one in objects}
+    assert len(ours) == 6
+
+    assert hospital.send([one.filename for one in objects]).returncode == 0
+    again = written(implicit, tmp_path / "implicit")
+    assert hospital.send(again, "north", "-xi").returncode == 0  # in another transfer syntax
+    assert hospital.send([one.filename for one in objects], "south").returncode == 0
+    assert eventually(lambda: not hospital.spooled())
+    time.sleep(QUIET_S + 3)  # nothing is to happen: there is no event to wait for
+
+    returned = hospital.query(select(ReturnedRow).where(ReturnedRow.sop_instance_uid.in_(ours)))
+    counted = Counter({(one.tenant, one.sop_instance_uid): one.n for one in returned})
+    assert counted == {("north", one): 2 for one in ours} | {("south", one): 1 for one in ours}
+    assert hospital.outcome(uid).row_version == first.row_version
+    assert len(hospital.results(uid)) == 1
+    assert hospital.stored(uid) == sorted(one.SOPInstanceUID for one in study)
+    assert hospital.study_rows(AnalysisRow, uid, "south") == []
+    assert len(hospital.received("north", uid)) == len(objects)
 
 
 def test_two_tenants_with_one_study_uid_get_each_their_own(hospital, tmp_path):
