@@ -1,9 +1,11 @@
 """`vigil scp`: opens the listening sockets, then keeps receivers and their intakes running."""
 
 import argparse
+import errno
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +16,8 @@ from config.settings import ScpSettings, SettingsError, load
 from db.process import StopSignal
 from scp.children import Child, supervise
 
+#: A node whose supervisor was killed ends its receivers within ten seconds; then the port is free.
+PORT_WAIT_S = 15.0
 log = structlog.get_logger()
 
 
@@ -64,7 +68,15 @@ def _sockets(settings: ScpSettings) -> tuple[socket.socket | None, socket.socket
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    listening = socket.create_server((host, port), family=family, backlog=256)
+    deadline = time.monotonic() + PORT_WAIT_S
+    while True:
+        try:
+            listening = socket.create_server((host, port), family=family, backlog=256)
+            break
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
     address, real_port, *_ = listening.getsockname()
     log.info("listening", address=address, port=real_port)
     return listening

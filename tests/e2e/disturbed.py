@@ -35,6 +35,7 @@ from db.tables import (
     ResultRow,
     StudyRow,
 )
+from node.running import free_port
 from tests.builders import changed
 from tests.bundles.make import make_bundle
 from tests.bundles.sources import head_series
@@ -52,7 +53,7 @@ KINDS = {
 ORDINARY = {
     name: process for process, points in POINTS.items() for name in points if process != "operator"
 }
-DEADLINE_S = 240.0
+DEADLINE_S = 600.0
 
 
 @dataclass
@@ -243,9 +244,8 @@ class Disturbed:
         }
         for folder in (self.var / "results").glob("*/*"):
             # Heat maps of a run that died before its rows: nobody reads them, they only lie there.
-            if UUID(folder.name) not in known and {p.name for p in folder.iterdir()} != {
-                "maps.npz"
-            }:
+            names = {path.name for path in folder.iterdir()}
+            if UUID(folder.name) not in known and names - {"maps.npz"}:
                 found.append(str(folder))
         if n := self.hospital.query(select(func.count()).select_from(QuarantineRow))[0]:
             found.append(f"{n} in quarantine")
@@ -264,7 +264,12 @@ class Disturbed:
             path.unlink(missing_ok=True)
 
     def passed(self) -> set[str]:
+        """The points that some process has come through, since the last `forget_passed`."""
         return set(os.listdir(self.faults / "passed"))
+
+    def forget_passed(self) -> None:
+        for name in self.passed():
+            (self.faults / "passed" / name).unlink()
 
 
 def scores(finding: dict[str, Any]) -> str:
@@ -299,6 +304,7 @@ def running(folder: Path, *, database_url: str = "") -> Iterator[Disturbed]:
         folder,
         tenants={name: f'models = ["head"]\n{more}' for name, more in KINDS.items()},
         destinations={"refused": "send = { not_processed = true }"},
+        scp_port=free_port(),  # the same one after a restart, as any site has it
         database_url=database_url,
         inference=f'models = ["{bundle}"]\ndevice = "cpu"\nloaders = 1',
         environment={VARIABLE: str(faults), "OMP_NUM_THREADS": "1"},

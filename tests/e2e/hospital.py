@@ -272,6 +272,7 @@ def running(
     *,
     tenants: Mapping[str, str] = TENANTS,
     destinations: Mapping[str, str] = MappingProxyType({}),
+    scp_port: int = 0,
     database_url: str = "",
     inference: str = "",
     environment: Mapping[str, str] = MappingProxyType({}),
@@ -291,7 +292,7 @@ def running(
         ]
         (folder / "vigil.toml").write_text(
             f'[node]\ndata_dir = "{folder}/var"\ndatabase_url = "{database_url}"\n'
-            "min_free_mb = 0\n[scp]\nport = 0\n[dashboard]\nport = 0\n"
+            f"min_free_mb = 0\n[scp]\nport = {scp_port}\n[dashboard]\nport = 0\n"
             f"[inference]\n{inference}\n" + "".join(parts)
         )
         hospital = Hospital(folder, archives, environment)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 from pathlib import Path
 
 import psutil
@@ -107,6 +109,16 @@ def test_the_children_end_when_their_parent_is_killed(stage):
     one.process.wait()
 
     assert psutil.wait_procs(family, timeout=15)[1] == []
+
+
+def test_a_port_that_a_killed_node_is_about_to_give_up_is_waited_for(stage):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    threading.Timer(6.0, taken.close).start()
+
+    one = stage(changes=("port = 0", f"port = {port}"))
+
+    assert one.port == port
 
 
 def test_several_receivers_share_one_port(stage, settings, engine):

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import DateTime, create_engine, func, select, update
 from sqlalchemy.orm import Session
 
-from db import claims, queue
+from db import claims, notices, queue
 from db.job import JobKind
 from db.meta import Provenance
 from db.sandbox import Sandbox
@@ -202,6 +202,22 @@ def test_h44_a_living_sender_keeps_its_lease_once_it_is_renewed(engine, jump_by)
         assert claims.renew(session, delivery)
 
     assert claim_delivery(engine) is None
+
+
+def test_h44_a_page_that_there_is_no_result_waits_no_longer_for_a_clock_set_back(engine, jump_by):
+    go(engine, make_analysis(engine), AnalysisEvent.NOT_ELIGIBLE)
+    job = claim(engine, JobKind.NOTICE)
+
+    jump_by(-HOUR)
+    assert rest_of_wait(engine, job) <= dt.timedelta(seconds=600)
+    jump_by(dt.timedelta(seconds=601))
+
+    assert rest_of_wait(engine, job) <= dt.timedelta(0)
+
+
+def rest_of_wait(engine, job) -> dt.timedelta:
+    with Session(engine) as session, session.begin():
+        return notices.rest_of_wait(session, job, 600.0)
 
 
 def test_h44_what_a_destination_refused_still_waits_its_hours(engine, jump_by):
