@@ -19,6 +19,7 @@ OUT_OF_RESOURCES = 0xA700  # the modality keeps its copy and sends again (PS3.4 
 CANNOT_UNDERSTAND = 0xC000
 NOT_STORAGE = 0x0122  # SOP Class not supported (PS3.7 C.5.6)
 
+_MAX_UID_CHARS = 256  # four times what one may have: a longer one is none, cut or not
 _RECHECK_BYTES = 64 * 2**20  # a large object must not eat what the watermark keeps free
 log = structlog.get_logger()
 
@@ -120,4 +121,4 @@ def response(request: C_STORE, status: int) -> C_STORE:
 
 def _uid(command: Any, keyword: str) -> str:
     value = getattr(command, keyword, None)
-    return str(value).strip(" \0") if value else ""
+    return str(value).strip(" \0")[:_MAX_UID_CHARS] if value else ""

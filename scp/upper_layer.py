@@ -24,9 +24,11 @@ from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RQ, DIMSEMessage
 from pynetdicom.dul import DULServiceProvider
+from pynetdicom.fsm import InvalidEventError, StateMachine
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationSocket
 
+_CLOSED, _CLOSING = "Sta1", "Sta13"  # PS3.8 9.2: idle; awaiting the transport's close
 _TICK_S = 0.25  # how late a timer may be noticed
 _MAX_PDU_BYTES = 4 * 2**20  # some peers send more than they were told to
 _MAX_COMMAND_BYTES = 2**18
@@ -117,11 +119,27 @@ class Line(AssociationSocket):
         return data
 
 
+class Machine(StateMachine):
+    """The library's, which knows no primitive of ours that crosses an abort of theirs."""
+
+    def do_action(self, event: str) -> None:
+        """Take an event; what comes once the line is lost changes nothing.
+
+        A peer that sends data with its A-ASSOCIATE-RQ is aborted while we still decide to accept.
+        """
+        try:
+            super().do_action(event)
+        except InvalidEventError:
+            if self.current_state not in (_CLOSED, _CLOSING):
+                raise
+
+
 class Provider(DULServiceProvider):
     """The upper layer's thread, asleep until its line or its user has something for it."""
 
     def __init__(self, assoc: Association) -> None:
         super().__init__(assoc)
+        self.state_machine = Machine(self)
         self._run_loop_delay = 0
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = (
@@ -140,7 +158,7 @@ class Provider(DULServiceProvider):
         if self.event_queue.empty() and not line.wait(_TICK_S, self._wake_fd):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
-            if self.state_machine.current_state != "Sta13":
+            if self.state_machine.current_state != _CLOSING:
                 return False
         return bool(super()._is_transport_event())
 
@@ -149,7 +167,7 @@ class Provider(DULServiceProvider):
         self.wake()
 
     def stop_dul(self) -> bool:
-        if self.state_machine.current_state != "Sta1":
+        if self.state_machine.current_state != _CLOSED:
             return False
         self._kill_thread = True
         self.wake()
