@@ -71,7 +71,8 @@ class InferenceSettings(_Part):
     loaders: int = Field(default=2, ge=1, le=64)  # decoding children
     loader_memory_mb: int = Field(default=4096, ge=256)
     loader_timeout_s: float = Field(default=120.0, gt=0)  # for one instance
-    max_pixels: int = Field(default=2_000_000_000, ge=1)  # Rows x Columns x Frames of one instance
+    # Rows x Columns x Frames of one instance, and of all that are analysed together
+    max_pixels: int = Field(default=2_000_000_000, ge=1)
 
 
 class DashboardSettings(_Part):

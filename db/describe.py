@@ -12,14 +12,17 @@ import os
 import re
 import warnings
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.filereader import read_dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset, read_file_meta_info
 
+from db.codestream import is_lossy
 from db.errors import CutOff, NotDicom
 from db.faults import point
 from db.header import InstanceHeader
@@ -33,7 +36,9 @@ _DEFLATED = frozenset(
     {"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"}
 )
 _DEFER_BYTES = 64 * 2**20  # per-frame groups are long; a longer value is none that we read
+_CHUNK_BYTES = 2**16
 _MAX_FRAMES = 100_000
+_MAX_ELEMENTS = 100_000  # at the top; 64 MB of zeros, 60 kB deflated, are 8 million
 _AGE = re.compile(r"(\d{3})([DWMY])")
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 _TEXTS = {  # header field -> keyword
@@ -103,9 +108,10 @@ def describe(path: str, may_be_cut: bool = False) -> Answer:
         If one begins, and ends in the middle.
     """
     point("describe_begun")
-    with warnings.catch_warnings(), open(path, "rb") as file:
+    with warnings.catch_warnings(), _Reader(path) as file, _stated():
         warnings.simplefilter("ignore")
         syntax = transfer_syntax(file)
+        _check_meta(path, file, syntax)
         body = _inflated(file) if syntax in _DEFLATED else file
         is_big = syntax == BIG_ENDIAN
         ds = _dataset(body, is_implicit=syntax in _IMPLICIT, is_big=is_big)
@@ -125,12 +131,55 @@ def describe(path: str, may_be_cut: bool = False) -> Answer:
     }, []
 
 
+class _Reader(io.BufferedReader):
+    """Makes room for no more than there is: any data set may claim a value of 4 GiB."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path))
+        self._end = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _CHUNK_BYTES:
+            size = max(min(size, self._end - self.tell()), 0)
+        return super().read(size)
+
+
+@contextmanager
+def _stated() -> Iterator[None]:
+    """What pydicom raises for a data set that it cannot follow, in our words."""
+    try:
+        yield
+    except RecursionError:  # it reads sequences in sequences so: about 150 levels
+        raise NotDicom("its sequences are nested too deeply") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise  # the disk's
+        raise CutOff("the data set is cut off") from None
+    except EOFError:
+        raise CutOff("the data set is cut off") from None
+
+
+def _check_meta(path: str, file: BinaryIO, syntax: str) -> None:
+    """Refuse a data set with a file meta group of its own, where that names another syntax.
+
+    It stands in files alone (PS3.10 7.1), yet some send it; pydicom would take its word for ours.
+    """
+    start = file.tell()
+    if file.read(2) == b"\x02\x00":
+        with suppress(InvalidDicomError, *BAD_VALUE):
+            if str(read_file_meta_info(path).TransferSyntaxUID) == syntax:
+                file.seek(start)
+                return
+        raise NotDicom("it holds a file header that is not the one it was sent under")
+    file.seek(start)
+
+
 def _inflated(file: BinaryIO) -> BinaryIO:
     """The whole data set; how large it grows is limited by this process's address space."""
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     plain = io.BytesIO()
     try:
-        while chunk := file.read(2**16):
+        while chunk := file.read(_CHUNK_BYTES):
             plain.write(inflate.decompress(chunk))
     except zlib.error:
         raise NotDicom("the deflated data set is broken") from None
@@ -147,7 +196,7 @@ def _dataset(file: BinaryIO, *, is_implicit: bool, is_big: bool) -> Dataset:
         file,
         is_implicit,
         not is_big,
-        stop_when=lambda tag, vr, length: int(tag) in PIXEL_TAGS,
+        stop_when=_Stop(),
         defer_size=_DEFER_BYTES,
         specific_tags=_TAGS,
     )
@@ -160,6 +209,19 @@ def _dataset(file: BinaryIO, *, is_implicit: bool, is_big: bool) -> Dataset:
     if file.tell() > size or any(_is_cut(ds.get_item(tag)) for tag in tags):
         raise CutOff("the data set is cut off")
     return ds
+
+
+class _Stop:
+    """At the pixel data; and at so many elements that reading goes on for minutes."""
+
+    def __init__(self) -> None:
+        self._n = 0
+
+    def __call__(self, tag: int, vr: str | None, length: int) -> bool:
+        self._n += 1
+        if self._n > _MAX_ELEMENTS:
+            raise NotDicom(f"it has more than {_MAX_ELEMENTS} elements")
+        return int(tag) in PIXEL_TAGS
 
 
 def _is_cut(element: Any) -> bool:
@@ -192,7 +254,7 @@ def _header(ds: Dataset, syntax: str) -> InstanceHeader:
         pixel_spacing=spacing,
         slice_thickness=number(ds, "SliceThickness"),
         gantry_tilt=number(ds, "GantryDetectorTilt"),
-        is_lossy=text(ds, "LossyImageCompression") == "01",
+        is_lossy=is_lossy(text(ds, "LossyImageCompression"), syntax),
     )
 
 

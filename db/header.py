@@ -54,7 +54,7 @@ class InstanceHeader:
     view_position: str = ""
     laterality: str = ""
     frame_of_reference_uid: str = ""
-    is_lossy: bool = False  # LossyImageCompression is 01
+    is_lossy: bool = False  # as LossyImageCompression states, or its syntax implies
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,16 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_modality_lut
-from pydicom.pixels.utils import iter_pixels
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.pixels.utils import as_pixel_options, iter_pixels
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
 
+from db.codestream import described, is_lossy
 from db.errors import NotDicom, PermanentError
 from db.faults import point
 from db.files import storage_errors
 
 MAX_PIXELS = 2_000_000_000  # Rows x Columns x Frames of one instance
+_PIXEL_DATA_HEAD = 12  # bytes before the value: tag, VR, reserved, length (PS3.5 7.1.2)
 _GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
 # What pydicom raises for a value that is not what its VR says.
 _BAD_VALUE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
@@ -60,6 +63,12 @@ class RescaleZero(PermanentError):
     code: ClassVar[str] = "rescale_zero"
 
 
+class PixelsDiffer(PermanentError):
+    """The compressed image is of another size or depth than its data set says."""
+
+    code: ClassVar[str] = "pixels_differ"
+
+
 class Undecodable(PermanentError):
     """No decoder reads the pixel data."""
 
@@ -86,7 +95,8 @@ def read_images(
 
     Raises
     ------
-    NotDicom, NoPixels, TooManyPixels, ColourImage, RescaleMissing, RescaleZero, Undecodable
+    NotDicom, NoPixels, TooManyPixels, ColourImage, RescaleMissing, RescaleZero, PixelsDiffer,
+    Undecodable
     """
     point("decode_begun")
     with warnings.catch_warnings():
@@ -98,18 +108,19 @@ def read_images(
         wanted = list(range(total)) if frames is None else frames
         if not wanted or not all(0 <= index < total for index in wanted):
             raise NoPixels(f"the instance has {total} frame(s)")
-        described = [_frame(ds, index, total) for index in wanted]
-        values = np.empty((len(wanted), int(ds.Rows), int(ds.Columns)), np.float32)
+        frames_described = [_frame(ds, index, total) for index in wanted]
         try:
+            _check_streams(path, ds, wanted, total)
+            values = np.empty((len(wanted), int(ds.Rows), int(ds.Columns)), np.float32)
             # A path is read frame by frame; a deflated data set only as a whole.
             source = dcmread(path) if _syntax(ds) == DeflatedExplicitVRLittleEndian else path
             stored = iter_pixels(source, indices=wanted, raw=True, correct_unused_bits=False)
-            _fill(values, stored, ds, described)
+            _fill(values, stored, ds, frames_described)
         except _BAD_STREAM as error:
             raise Undecodable(
                 f"its pixel data cannot be decoded ({type(error).__name__} in {_syntax(ds)})"
             ) from None
-    return _description(ds, total, described), [values]
+    return _description(ds, total, frames_described), [values]
 
 
 def _header(path: str) -> Dataset:
@@ -133,6 +144,38 @@ def _check_size(ds: Dataset, max_pixels: int) -> int:
     ):
         raise ColourImage("not a single grey value a pixel")
     return total
+
+
+def _check_streams(path: str, ds: Dataset, wanted: Iterable[int], total: int) -> None:
+    """Refuse images whose codestream says otherwise than the data set, before a decoder runs.
+
+    Of depth only what would make other values of it: a stream of 16 bits may hold 12, one of 8
+    cannot.
+    """
+    syntax = UID(_syntax(ds))
+    if not syntax.is_encapsulated or syntax == RLELossless or "PixelData" in ds:
+        return  # read whole, as a deflated one: its stream is no codestream
+    header = int(ds.Rows), int(ds.Columns), int(_number(ds, "SamplesPerPixel") or 1)
+    stored, allocated = (int(_number(ds, name) or 0) for name in ("BitsStored", "BitsAllocated"))
+    with open(path, "rb") as file:
+        dcmread(file, stop_before_pixels=True)
+        file.seek(_PIXEL_DATA_HEAD, 1)
+        offsets = as_pixel_options(ds).get("extended_offsets")
+        for index in wanted:
+            frame = get_frame(file, index, extended_offsets=offsets, number_of_frames=total)
+            stream = described(frame)
+            if stream is None:
+                raise ValueError("no codestream")
+            found = stream.rows, stream.columns, stream.samples or 1
+            if found != header or stream.bits > allocated or stream.bits <= 8 < stored:
+                raise PixelsDiffer(
+                    f"its pixel data is {_matrix(*found)} of {stream.bits} bits, "
+                    f"its header says {_matrix(*header)} of {stored}"
+                )
+
+
+def _matrix(rows: int, columns: int, samples: int) -> str:
+    return f"{rows} x {columns}" + (f" x {samples}" if samples != 1 else "")
 
 
 def _fill(
@@ -252,7 +295,7 @@ def _description(ds: Dataset, total: int, described: list[dict[str, Any]]) -> di
         "modality": _text(ds, "Modality"),
         "photometric": _text(ds, "PhotometricInterpretation"),
         "bits_stored": int(_number(ds, "BitsStored") or 0),
-        "is_lossy": _text(ds, "LossyImageCompression") == "01",
+        "is_lossy": is_lossy(_text(ds, "LossyImageCompression"), _syntax(ds)),
         "rescale_type": _text(ds, "RescaleType"),
         "voi_lut": _voi_lut(ds),
         "frames": described,

@@ -14,7 +14,9 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 
+from db.codestream import is_lossy
 from db.errors import NotDicom, PermanentError
+from db.lenient import text
 from db.sandbox import Answer
 from dicom_sr.attributes import COPIED, GEOMETRY, keep_bytes
 
@@ -83,10 +85,16 @@ def read_header(path: str, frame: int | None) -> Answer:
             element = _handed_over(read, keyword)
             if element is not None:
                 small[element.tag] = element
+        if is_lossy(text(small, "LossyImageCompression"), _syntax(read)):
+            small.LossyImageCompression = "01"  # also where its encoder forgot to say so
         if frame is not None:
             _lift(read, small, frame)
         data = _encoded(small)
     return {}, [np.frombuffer(data, np.uint8)]
+
+
+def _syntax(read: Dataset) -> str:
+    return str(getattr(read.file_meta, "TransferSyntaxUID", ""))
 
 
 def parsed(blob: NDArray[np.uint8]) -> Dataset:

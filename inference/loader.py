@@ -1,6 +1,6 @@
 """From a claimed job to model inputs: decoding in sandboxed children, one instance at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -88,6 +88,9 @@ class Loader:
             raise InstanceGone(f"{len(only) - len(headers)} chosen instances are not in the store")
         if isinstance(chosen, Eligibility):
             return chosen
+        chosen_headers = [headers[key] for key in chosen.instance_ids]
+        if refused := oversized(chosen_headers, self._settings.max_pixels):
+            return refused
         made = prepare_images(self._images(job, chosen.instance_ids, headers), bundle)
         if isinstance(made, Eligibility):
             return made
@@ -109,6 +112,18 @@ class Loader:
                 which = f"Image {number} of {len(chosen)} ({_numbers(header)})"
                 raise type(error)(f"{which}: {error}.") from error
         return images
+
+
+def oversized(headers: Iterable[InstanceHeader], max_pixels: int) -> Eligibility | None:
+    """Refuses images that are too large together: they all lie in this process's memory at once.
+
+    By header, before anything is decoded; a child refuses an instance that is another than it says.
+    """
+    found = sum((one.rows or 0) * (one.columns or 0) * one.frames for one in headers)
+    if found <= max_pixels:
+        return None
+    reason = "The images have too many pixels together."
+    return Eligibility("pixels", str(found), f"<= {max_pixels}", reason)
 
 
 def _numbers(header: InstanceHeader) -> str:

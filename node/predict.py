@@ -31,7 +31,7 @@ from dicom_sr.plan import Context, Variant, needed_images
 from dicom_sr.source import parsed, read_header
 from inference.device import Device
 from inference.eligibility import judge
-from inference.loader import decode, prepare_images
+from inference.loader import decode, oversized, prepare_images
 from inference.predict import make_finding, make_heatmaps
 from inference.serving import Served, bundle_folder, load_served, pick_device
 from node import send
@@ -171,6 +171,9 @@ def _judge(
     chosen = judge(study.headers, served.bundle.manifest)
     if isinstance(chosen, Eligibility):
         return document | _refusal(chosen), []
+    headers = [study.headers[i] for i in chosen.instance_ids]
+    if refused := oversized(headers, settings.inference.max_pixels):
+        return document | _refusal(refused), []
     images = [
         decode(sandbox, study.paths[i], i, study.headers[i], settings.inference)
         for i in chosen.instance_ids

@@ -1,7 +1,6 @@
 """A node's stages run by hand: reception without a network, intake, readiness, inference."""
 
 import datetime as dt
-import io
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from pydicom import Dataset, dcmwrite
+from pydicom import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
 from sqlalchemy import Engine, func, update
 from sqlalchemy.orm import Session
 
@@ -28,13 +30,12 @@ from inference.scheduler import Scheduler
 
 def encoded(dataset: Dataset) -> bytes:
     """The data set alone, as it travels in a C-STORE."""
-    buffer = io.BytesIO()
-    dcmwrite(buffer, dataset, enforce_file_format=False)
-    whole = buffer.getvalue()
-    if whole[128:132] != b"DICM":
-        return whole
-    length = int.from_bytes(whole[140:144], "little")
-    return whole[144 + length :]
+    syntax = dataset.file_meta.TransferSyntaxUID
+    body = DicomBytesIO()
+    body.is_little_endian = syntax != ExplicitVRBigEndian
+    body.is_implicit_VR = syntax == ImplicitVRLittleEndian
+    write_dataset(body, dataset)
+    return body.getvalue()
 
 
 class Stages:
@@ -86,7 +87,19 @@ class Stages:
 
         uid : the SOP Instance UID of the command, where that is not the data set's
         """
-        for dataset in datasets:
+        bodies = ((dataset, encoded(dataset)) for dataset in datasets)
+        cut = ((dataset, body[: len(body) - lost_bytes]) for dataset, body in bodies)
+        self.receive_bytes(cut, uid=uid, tenant=tenant)
+
+    def receive_bytes(
+        self,
+        received: Iterable[tuple[Dataset, bytes]],
+        *,
+        uid: str | None = None,
+        tenant: str = "north",
+    ) -> None:
+        """As `receive`: whatever bytes come behind a command of the data set's UIDs and syntax."""
+        for dataset, body in received:
             source = Provenance(
                 tenant=tenant,
                 calling_ae="CT1",
@@ -96,8 +109,7 @@ class Stages:
                 sop_instance_uid=dataset.SOPInstanceUID if uid is None else uid,
                 transfer_syntax_uid=dataset.file_meta.TransferSyntaxUID,
             )
-            body = encoded(dataset)
-            self.spool.keep(source, body[: len(body) - lost_bytes])
+            self.spool.keep(source, body)
         folder = self.settings.node.data_dir / "spool" / "test"
         while self.intake.take(folder):
             pass

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 class Stage:
     """`vigil scp` as a process, with its children."""
 
-    def __init__(self, config, log, faults):
+    def __init__(self, config, log, faults=""):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), VARIABLE: str(faults)}
         self.log = log
         with open(log, "wb") as out:

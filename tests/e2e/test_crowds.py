@@ -17,7 +17,7 @@ from db.spool import scan
 from db.tables import InstanceRow
 from tests.builders import changed, ct_image
 from tests.raw_peer import CT, EXPLICIT, VERIFICATION, Gone, RawPeer, item
-from tests.reception import Stage, wait_for
+from tests.e2e.reception import Stage, wait_for
 from tests.stage import encoded
 
 #: `VIGIL_PROBES=10000` for the figures in docs/hazards.md.

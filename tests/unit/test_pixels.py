@@ -1,9 +1,12 @@
 """db.pixels: every encoding to the same values, or a refusal with its code."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -15,10 +18,13 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from config.settings import InferenceSettings
+from db.codestream import Stream, described
 from db.errors import NotDicom
 from db.pixels import (
     ColourImage,
     NoPixels,
+    PixelsDiffer,
     RescaleMissing,
     RescaleZero,
     TooManyPixels,
@@ -26,10 +32,17 @@ from db.pixels import (
     read_images,
 )
 from db.sandbox import Sandbox
-from tests.bundles.sources import TWO, ct_slice, enhanced, radiograph
+from inference.loader import DecoderKilled, decode
+from tests.bundles.sources import TWO, ct_slice, enhanced, header_of, radiograph
+from tests.encodings import encapsulated, imagecodecs
 
 STORED = np.arange(-32, 32, dtype=np.int16).reshape(8, 8) * 30
+JP2 = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 LARGE = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # JPEG 2000 needs room
+
+
+def lossless_jpeg(grey):
+    return imagecodecs.jpeg8_encode(grey, lossless=True, predictor=1, bitspersample=16)
 
 
 def saved(ds: Dataset, folder: Path) -> str:
@@ -182,6 +195,53 @@ def test_a_damaged_codestream_is_undecodable(tmp_path):
     assert str(JPEG2000Lossless) in str(caught.value)
 
 
+GREY = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+J2K, JLS, SV1, BASELINE = (f"1.2.840.10008.1.2.4.{end}" for end in ("90", "80", "70", "50"))
+LIES = {
+    "JPEG 2000, another matrix": (J2K, imagecodecs.jpeg2k_encode, GREY.reshape(32, 128)),
+    "JPEG 2000, twice the rows": (J2K, imagecodecs.jpeg2k_encode, np.vstack([GREY, GREY])),
+    "JPEG 2000, 8 bits": (J2K, imagecodecs.jpeg2k_encode, (GREY >> 8).astype(np.uint8)),
+    "JPEG 2000, colour": (J2K, imagecodecs.jpeg2k_encode, np.dstack([GREY, GREY, GREY])),
+    "JPEG-LS, another matrix": (JLS, imagecodecs.jpegls_encode, GREY.reshape(128, 32)),
+    "JPEG-LS, 8 bits": (JLS, imagecodecs.jpegls_encode, (GREY >> 8).astype(np.uint8)),
+    "JPEG lossless, another matrix": (SV1, lossless_jpeg, GREY.reshape(128, 32)),
+    "JPEG, twice the pixels of 8 bits": (
+        BASELINE, imagecodecs.jpeg8_encode, np.vstack([GREY, GREY]).astype(np.uint8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("syntax", "encode", "grey"), LIES.values(), ids=LIES)
+def test_h20_a_stream_of_another_size_or_depth_than_its_header_says_is_refused(
+    tmp_path, syntax, encode, grey
+):
+    ds, _ = encapsulated(ct_slice(GREY), syntax, encode(grey))
+
+    with pytest.raises(
+        PixelsDiffer, match=r"its pixel data is \d+ x \d+.*, its header says 64 x 64"
+    ):
+        read_images(saved(ds, tmp_path))
+
+
+def test_each_frame_of_a_multi_frame_is_held_against_the_header(tmp_path):
+    good, bad = (imagecodecs.jpegls_encode(g) for g in (GREY, GREY.reshape(32, 128)))
+    ds, _ = encapsulated(ct_slice(np.stack([GREY, GREY])), JLS, good, bad)
+    path = saved(ds, tmp_path)
+
+    read_images(path, [0])
+    with pytest.raises(PixelsDiffer):
+        read_images(path, [1])
+    with pytest.raises(PixelsDiffer):
+        read_images(path)
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8", b"\xff\x4f\xff\x51", JP2]))
+def test_h20_whatever_bytes_a_codestream_has_it_is_described_or_not(data, start):
+    found = described(start + data)
+
+    assert found is None or isinstance(found, Stream)
+
+
 def test_bytes_that_are_no_dicom_are_refused(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"\x7fELF" * 100)
@@ -244,3 +304,39 @@ def test_it_runs_in_a_sandboxed_child(tmp_path):
 
     np.testing.assert_array_equal(pixels[0], STORED)
     assert meta["rows"] == 8
+
+
+def j2k_that_claims(rows, columns):
+    """A stream of some hundred bytes whose header, like its data set's, says so many."""
+    stream = bytearray(imagecodecs.jpeg2k_encode(GREY[:8, :8], codecformat="j2k"))
+    struct.pack_into(">II", stream, 8, columns, rows)  # Xsiz, Ysiz
+    struct.pack_into(">II", stream, 24, columns, rows)  # one tile
+    return bytes(stream)
+
+
+def rle_that_grows(n_bytes):
+    """Two segments (PS3.5 G.3), of runs of 128 zeros, two bytes each (G.3.1)."""
+    segment = b"\x81\x00" * (n_bytes // 128)
+    head = struct.pack("<16I", 2, 64, 64 + len(segment), *[0] * 13)
+    return head + segment + segment
+
+
+BOMBS = {
+    "JPEG 2000 of 100 bytes": (J2K, 30_000, lambda: j2k_that_claims(30_000, 30_000)),
+    "RLE": ("1.2.840.10008.1.2.5", 20_000, lambda: rle_that_grows(400_000_000)),
+}
+
+
+@pytest.mark.parametrize(("syntax", "side", "stream"), BOMBS.values(), ids=BOMBS)
+def test_h20_a_bomb_for_the_decoder_ends_as_a_stated_outcome(tmp_path, syntax, side, stream):
+    """Within the cap of pixels, beyond the memory or time of the child: only that is at risk."""
+    ds, _ = encapsulated(ct_slice(GREY, Rows=side, Columns=side), syntax, stream())
+    path = Path(saved(ds, tmp_path))
+    limits = InferenceSettings(loader_timeout_s=120)
+
+    with Sandbox(1, memory_mb=1024, cpu_s=60) as sandbox:
+        with pytest.raises((DecoderKilled, Undecodable)):
+            decode(sandbox, path, "x", header_of(ds), limits)
+
+        meta, _ = sandbox.run(read_images, saved(ct_slice(STORED), tmp_path), timeout_s=120)
+    assert meta["rows"] == 8  # the next one is read
