@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup demo test hazards soak lint types contracts check train clean
+.PHONY: setup demo test hazards soak fuzz lint types contracts check train clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ hazards: $(READY)
 # Kills, outages and repetitions for as long as you like: make soak ARGS="--minutes 30 --seed 7"
 soak: $(READY)
 	@$(BIN)/python -m tests.e2e.soak $(ARGS)
+
+# Hostile objects and PDUs to a whole node: make fuzz ARGS="--megabytes 1024 --seed 3"
+fuzz: $(READY)
+	@$(BIN)/python -m tests.fuzz_node $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
