@@ -29,6 +29,8 @@ from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationSocket
 
 _CLOSED, _CLOSING = "Sta1", "Sta13"  # PS3.8 9.2: idle; awaiting the transport's close
+# Primitives of ours: accept, reject, data, release, its answer, abort (PS3.8 Table 9-6).
+_OURS = frozenset({"Evt7", "Evt8", "Evt9", "Evt11", "Evt14", "Evt15"})
 _TICK_S = 0.25  # how late a timer may be noticed
 _MAX_PDU_BYTES = 4 * 2**20  # some peers send more than they were told to
 _MAX_COMMAND_BYTES = 2**18
@@ -132,6 +134,9 @@ class Machine(StateMachine):
         except InvalidEventError:
             if self.current_state not in (_CLOSED, _CLOSING):
                 raise
+            if event in _OURS:  # or the provider would find it there again, without end
+                with contextlib.suppress(queue.Empty):
+                    self.dul.to_provider_queue.get_nowait()
 
 
 class Provider(DULServiceProvider):

@@ -124,10 +124,15 @@ class RawPeer:
         *,
         user: bytes = b"",
     ) -> Self:
-        """Raises Gone where it is refused."""
-        self.socket.sendall(associate_rq(contexts, called, calling, user=user))
-        kind, value = self.receive()
+        """Raises Gone where it is refused, and closes the connection."""
+        try:
+            self.socket.sendall(associate_rq(contexts, called, calling, user=user))
+            kind, value = self.receive()
+        except (OSError, Gone):
+            self.close()
+            raise
         if kind != ASSOCIATE_AC:
+            self.close()
             raise Gone(f"answered with PDU {kind:02X} {value[:4].hex()}")
         for name, content in _items(value[68:]):
             if name == 0x21 and content[2] == 0:  # acceptance

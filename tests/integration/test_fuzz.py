@@ -30,8 +30,8 @@ from db.tables import EventRow, InstanceRow, QuarantineRow, ReturnedRow
 from inference.loader import decode
 from tests import fuzz
 from tests.bundles.sources import ct_slice, head
+from tests.e2e.reception import Stage, wait_for
 from tests.raw_peer import CT, EXPLICIT, VERIFICATION, Gone, RawPeer, associate_rq, store_pdus
-from tests.reception import Stage, wait_for
 from tests.stage import encoded
 
 N_OBJECTS, N_DECODED, N_CONVERSATIONS = 120, 80, 90
@@ -195,6 +195,8 @@ def receiver(database_server, tmp_path_factory):
     config.write_text(
         f'[node]\ndata_dir = "{folder}/var"\ndatabase_url = "{nowhere}"\nmin_free_mb = 0\n'
         "[scp]\nport = 0\nmax_per_minute = 100000\n"
+        # Nothing here is to end by a time-out.
+        "acse_timeout_s = 600\ndimse_timeout_s = 600\nidle_timeout_s = 600\n"
         '[[tenants]]\nid = "north"\nae_titles = ["NORTH_AI"]\n'
     )
     stage = Stage(config, folder / "log")
