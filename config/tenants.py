@@ -97,13 +97,6 @@ class Destination(_Part):
     content_qualification: Literal["RESEARCH", "PRODUCT"] = "RESEARCH"
     k: int | None = Field(default=None, ge=1, le=10)  # overlays at most; default: the bundle's
 
-    @model_validator(mode="after")
-    def _is_built(self) -> Self:
-        # A key that does nothing would be believed.
-        if self.commitment:
-            raise ValueError("not in this version: commitment")
-        return self
-
 
 class Tenant(_Part):
     """One hospital: its AE titles, who may send, where results go, what looks at its studies."""
@@ -113,7 +106,8 @@ class Tenant(_Part):
     quiet_period_s: float = Field(default=20.0, gt=0)  # silence that makes a whole series ready
     max_wait_s: float = Field(default=600.0, gt=0)  # then what is there is analysed, as PARTIAL
     max_study_age_days: int = Field(default=0, ge=0)  # 0: no limit
-    retention_days: int = Field(default=30, ge=0)  # originals; not enforced yet: all are kept
+    #: Originals; 0: for good. Not enforced yet: all are kept.
+    retention_days: int = Field(default=30, ge=0)
     lane: LaneName = "urgent"
     weight: int = Field(default=1, ge=1, le=100)  # share of the machine beside other tenants
     models: tuple[str, ...] = ("ich",)
@@ -154,6 +148,11 @@ class Tenant(_Part):
 
     def calling_ae(self, destination: Destination) -> str:
         return destination.calling_ae or self.ae_titles[0]
+
+    @property
+    def keeps_for_good(self) -> bool:
+        """Whether originals are never deleted, so that storage commitment can be given."""
+        return self.retention_days == 0
 
     def sender(self, ae_title: str, address: str) -> Sender | None:
         """The sender that a peer is, or None."""

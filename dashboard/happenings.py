@@ -30,6 +30,15 @@ EVENTS: Mapping[str, str] = {
     "delivery_dropped": "Not sent: its images were replaced",
     "withdrawn": "Result withdrawn by an operator",
     "rejection_delivered": "Rejection note accepted",
+    "result_committed": "A destination has committed itself to keep the result",
+    "commitment_failed": "A destination does not vouch for what it accepted",
+    "commitment_refused": "A destination does not give storage commitment",
+    "commitment_unanswered": "A destination was asked to vouch for the result and said nothing",
+    "not_committed": "Being sent again: a destination does not vouch for it",
+    "commitment_judged": "A sender asked whether its images are kept",
+    "commitment_reported": "A sender was told which of its images are kept",
+    "commitment_not_reported": "A sender could not be told which of its images are kept",
+    "commitment_unreadable": "A message of storage commitment could not be read",
     "quarantine_released": "What was set aside was released by an operator",
     "instance_came_again": "An image came again of which an operator has decided",
     "notice_built": "Notice built: the study was not processed",
@@ -95,6 +104,12 @@ def _delivered(detail: Detail) -> str:
     return f"{counted(n, 'object')} to {plain(detail.get('destination') or '')}"
 
 
+def _committed(detail: Detail) -> str:
+    n, code = int(detail.get("n_objects") or 0), plain(detail.get("reason_code") or "")
+    said = f"{counted(n, 'object')}, {plain(detail.get('destination') or '')}"
+    return f"{said}, {code}" if code else said
+
+
 def _set_aside(detail: Detail) -> str:
     out = detail.get("delivered_to")
     named = ", ".join(map(plain, out)) if isinstance(out, list) else ""
@@ -125,6 +140,10 @@ _SAID: Mapping[str, Callable[[Detail], str]] = {
     "objects_built": _built,
     "result_delivered": _delivered,
     "rejection_delivered": _delivered,
+    "result_committed": _committed,
+    "commitment_failed": _committed,
+    "commitment_refused": _committed,
+    "commitment_unanswered": _committed,
     "instance_quarantined": _set_aside,
     "quarantine_released": _released,
     "withdrawn": _withdrawn,

@@ -10,10 +10,12 @@ from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from dashboard.outcomes import Line, Outcome, line_of, of_study
+from db.commitment import COMMITMENT_WORDS
 from db.result import Finding
 from db.study import TRANSITIONS, AnalysisEvent, AnalysisState
 from db.tables import (
     AnalysisRow,
+    CommitmentRow,
     DeliveryRow,
     EventRow,
     NoticeRow,
@@ -55,6 +57,7 @@ class DeliveryLine:
     finished_at: dt.datetime | None
     error_code: str
     what: str  # where it is no result: what it is, in words
+    commitment: str  # whether the destination vouches for it, in words; empty: never asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +197,15 @@ def _deliveries(session: Session, study: StudyRow) -> tuple[DeliveryLine, ...]:
         (WithdrawalRow.id.is_not(None), "rejection note"),
         else_="",
     )
+    newest = (
+        select(CommitmentRow.state)
+        .where(CommitmentRow.delivery_id == DeliveryRow.id)
+        .order_by(CommitmentRow.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
     rows = session.execute(
-        select(DeliveryRow, number, what)
+        select(DeliveryRow, number, what, newest)
         .outerjoin(ResultRow, ResultRow.id == DeliveryRow.result_id)
         .outerjoin(NoticeRow, NoticeRow.id == DeliveryRow.result_id)
         .outerjoin(WithdrawalRow, WithdrawalRow.id == DeliveryRow.result_id)
@@ -213,8 +223,9 @@ def _deliveries(session: Session, study: StudyRow) -> tuple[DeliveryLine, ...]:
             row.finished_at,
             row.error_code,
             what,
+            COMMITMENT_WORDS.get(commitment or "", ""),
         )
-        for row, result_no, what in rows
+        for row, result_no, what, commitment in rows
     )
 
 

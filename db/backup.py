@@ -28,6 +28,7 @@ from db import snapshot
 from db.errors import PermanentError
 from db.files import make_folder, storage_errors, write_durably
 from db.snapshot import TableFile
+from db.spool import KINDS
 from db.study import SETTLED
 from db.tables import AnalysisRow, InstanceRow, ResultRow, StudyRow
 
@@ -175,7 +176,7 @@ def files(data_dir: Path) -> Iterator[Path]:
     """What is whole: no half-written file, no lock, and of the spool what is acknowledged."""
     for tree in TREES:
         for path in _below(data_dir / tree):
-            if path.name.startswith(".") or (tree == "spool" and path.suffix != ".dcm"):
+            if path.name.startswith(".") or (tree == "spool" and path.suffix[1:] not in KINDS):
                 continue
             yield path
 

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from config import logs
 from config.settings import Settings, load
 from db import studies
+from db.committing import Committing
 from db.engine import engine_for, upgrade
 from db.errors import NodeError, TransientError
 from db.heartbeat import Heartbeat
@@ -30,7 +31,7 @@ from db.tables import AuditRow
 READERS = 2
 _MEMORY_MB, _CPU_S = 2048, 60.0  # of one reader
 _IDLE_S, _RETRY_S = 0.1, 1.0
-_LOOK_ROUND_S = 2.0  # for folders without an intake, and for refusals
+_LOOK_ROUND_S = 2.0  # for folders without an intake, refusals, and storage commitment
 _ALARM_AFTER = 5  # refusals of one peer in this process's life, and at each doubling
 log = structlog.get_logger()
 
@@ -38,8 +39,11 @@ log = structlog.get_logger()
 class Drain:
     """The folders this process empties, and the loop that does it."""
 
-    def __init__(self, engine: Engine, settings: Settings, own: str, intake: Intake) -> None:
-        self._engine, self._settings, self._own, self._intake = engine, settings, own, intake
+    def __init__(
+        self, engine: Engine, settings: Settings, own: str, intake: Intake, committing: Committing
+    ) -> None:
+        self._engine, self._settings, self._own = engine, settings, own
+        self._intake, self._committing = intake, committing
         self._locks: dict[Path, FolderLock] = {}
         self._refused: Counter[Refused] = Counter()
         self._look_at = 0.0
@@ -51,6 +55,7 @@ class Drain:
             self._adopt()
             for folder in self._locks:
                 self._record_refusals(folder)
+                self._committing.take(folder)
         return sum(self._intake.take(folder) for folder in self._locks)
 
     def close(self) -> None:
@@ -121,7 +126,7 @@ def run(settings: Settings, own: str, stopping: StopSignal) -> None:
     heartbeat = Heartbeat(engine, "scp", lambda: {"receiver": own})
     with Sandbox(READERS, _MEMORY_MB, _CPU_S) as sandbox:
         intake = Intake(engine, settings, sandbox, READERS)
-        drain = Drain(engine, settings, own, intake)
+        drain = Drain(engine, settings, own, intake, Committing(engine, settings, sandbox))
         while not stopping.is_set():
             try:
                 n = drain.step()

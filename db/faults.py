@@ -59,6 +59,13 @@ POINTS: Mapping[str, Mapping[str, str]] = {
         "delivery_committed": "the delivery is over",
         "notice_drawn": "a page AI NOT PROCESSED has its row, no object",
     },
+    "commitment": {  # in whichever process: only where somebody asks for it
+        "commitment_kept": "a message is durable, and not answered yet",
+        "commitment_taken": "what it says is committed, the spool still has it",
+        "commitment_claimed": "a transaction UID is drawn, nobody is asked",
+        "commitment_asked": "the destination has answered, nothing is written down",
+        "pledge_reported": "the sender has its answer, nothing is written down",
+    },
     "operator": {  # `vigil quarantine release`: nobody comes through in an ordinary run
         "release_linked": "files have their new names, rows are not committed",
         "release_committed": "rows are committed, old names are left",

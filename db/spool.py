@@ -2,6 +2,8 @@
 
     spool/<receiver>/<tenant>/<id>.part -> synced -> <id>.dcm -> folder synced
 
+Messages of storage commitment are kept in the same way, as `.request` and `.report`.
+
 One receiver writes into a folder, under a lock; one intake process empties it, under another.
 """
 
@@ -15,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, get_args
 
 from db.errors import PermanentError, TransientError
 from db.faults import point
@@ -34,7 +36,9 @@ from db.files import (
 from db.meta import Provenance, SpoolCorrupt, decode_head, encode_head
 
 __all__ = [
+    "KINDS",
     "FolderLock",
+    "Kind",
     "Part",
     "Provenance",
     "Spool",
@@ -51,6 +55,10 @@ __all__ = [
     "store_path",
     "write_durably",
 ]
+
+#: What a spooled file holds: an instance, an N-ACTION's or an N-EVENT-REPORT's data set.
+Kind = Literal["dcm", "request", "report"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _RECEIVER = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _TENANT = re.compile(r"[a-z][a-z0-9-]{0,31}")
@@ -96,16 +104,21 @@ class Spooled:
     id: uuid.UUID
     tenant: str
     path: Path
+    at_ns: int = 0  # when it was received, by the receiver's clock
 
 
 class Part:
     """An instance on its way to the disk; nobody reads it before `commit`. One thread at a time."""
 
     def __init__(
-        self, folder: Path, source: Provenance, next_moment: Callable[[], int] = time.time_ns
+        self,
+        folder: Path,
+        source: Provenance,
+        next_moment: Callable[[], int] = time.time_ns,
+        kind: Kind = "dcm",
     ) -> None:
         self.id = uuid.uuid4()
-        self._next_moment = next_moment
+        self._next_moment, self._kind = next_moment, kind
         self._path = folder / f"{self.id}.part"
         self._is_open = True
         self.size_bytes = 0  # of the data set alone
@@ -144,7 +157,7 @@ class Part:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 point("spool_synced")
-                final = self._path.with_suffix(".dcm")
+                final = self._path.with_suffix(f".{self._kind}")
                 os.rename(self._path, final)
                 self._path = final  # so that a folder that cannot be synced leaves nothing behind
                 point("spool_renamed")
@@ -184,7 +197,7 @@ class Spool:
         clear_parts(self.folder)
         self._stamping = threading.Lock()
         with storage_errors():
-            self._last_ns = max((at for at, _ in _entries(self.folder)), default=0)
+            self._last_ns = max((item.at_ns for item in _entries(self.folder)), default=0)
 
     def _next_moment(self) -> int:
         """Nanoseconds since the epoch; later each time, also where the clock was set back.
@@ -195,7 +208,7 @@ class Spool:
             self._last_ns = max(time.time_ns(), self._last_ns + 1)
             return self._last_ns
 
-    def begin(self, source: Provenance) -> Part:
+    def begin(self, source: Provenance, kind: Kind = "dcm") -> Part:
         """Open a place for an instance whose bytes are still to come.
 
         Raises
@@ -210,9 +223,11 @@ class Spool:
         folder = self.folder / source.tenant
         with storage_errors():
             make_folder(folder)
-        return Part(folder, source, self._next_moment)
+        return Part(folder, source, self._next_moment, kind)
 
-    def keep(self, source: Provenance, data: bytes | Iterable[bytes]) -> uuid.UUID:
+    def keep(
+        self, source: Provenance, data: bytes | Iterable[bytes], kind: Kind = "dcm"
+    ) -> uuid.UUID:
         """Spool a whole data set in `source.transfer_syntax_uid`, without a file meta group.
 
         Returns
@@ -224,7 +239,7 @@ class Spool:
         EmptyDataset, DiskFull, StorageError
             Nothing is kept then.
         """
-        part = self.begin(source)
+        part = self.begin(source, kind)
         try:
             for chunk in (data,) if isinstance(data, bytes) else data:
                 part.write(chunk)
@@ -256,27 +271,27 @@ def receivers(data_dir: Path) -> list[Path]:
         return sorted(path for path in spool.iterdir() if path.is_dir()) if spool.is_dir() else []
 
 
-def scan(folder: Path, limit: int | None = None) -> list[Spooled]:
+def scan(folder: Path, limit: int | None = None, kind: Kind = "dcm") -> list[Spooled]:
     """What waits in one receiver's folder, oldest first.
 
     Oldest by modification time, which is the reception's: the first instance of a study decides
     whose study it is. At most `limit` (the oldest) are returned.
     """
     with storage_errors():
-        found = sorted(_entries(folder), key=lambda item: item[0])
-    return [item for _, item in found[:limit]]
+        found = sorted(_entries(folder, kind), key=lambda item: item.at_ns)
+    return found[:limit]
 
 
-def _entries(folder: Path) -> Iterator[tuple[int, Spooled]]:
+def _entries(folder: Path, wanted: Kind | None = None) -> Iterator[Spooled]:
     for tenant in os.scandir(folder):
         if not (tenant.is_dir() and _TENANT.fullmatch(tenant.name)):
             continue
         for entry in os.scandir(tenant.path):
             name, dot, kind = entry.name.partition(".")
             with contextlib.suppress(ValueError, FileNotFoundError):
-                if dot and kind == "dcm":
-                    item = Spooled(uuid.UUID(name), tenant.name, Path(entry.path))
-                    yield entry.stat().st_mtime_ns, item
+                if dot and (kind == wanted if wanted else kind in KINDS):
+                    at_ns = entry.stat().st_mtime_ns
+                    yield Spooled(uuid.UUID(name), tenant.name, Path(entry.path), at_ns)
 
 
 def read_provenance(path: Path) -> Provenance:

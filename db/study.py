@@ -48,6 +48,7 @@ class AnalysisEvent(StrEnum):
     RERUN = "RERUN"  # an operator's hand
     RESEND = "RESEND"  # an operator's hand: the same bytes once more
     WITHDRAWN = "WITHDRAWN"  # an operator's hand: nothing that was issued stands any more
+    NOT_COMMITTED = "NOT_COMMITTED"  # a destination will not vouch for what it accepted
 
 
 _S, _E = AnalysisState, AnalysisEvent
@@ -76,6 +77,8 @@ TRANSITIONS: Mapping[tuple[AnalysisState, AnalysisEvent], AnalysisState] = {
     (_S.BUILT, _E.SOME_REFUSED): _S.DELIVERED_IN_PART,
     (_S.DELIVERED, _E.RESEND): _S.BUILT,
     (_S.DELIVERED_IN_PART, _E.RESEND): _S.BUILT,
+    (_S.DELIVERED, _E.NOT_COMMITTED): _S.BUILT,
+    (_S.DELIVERED_IN_PART, _E.NOT_COMMITTED): _S.BUILT,
 }
 
 # The whole pipeline: entering a state enqueues this job, in the same transaction. A settled state

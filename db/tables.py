@@ -404,6 +404,63 @@ class DeliveryRow(Base):
     finished_at: Mapped[dt.datetime | None]
 
 
+class CommitmentRow(Base):
+    """A destination is to vouch for what a delivery brought it (PS3.4 Annex J)."""
+
+    __tablename__ = "commitments"
+    __table_args__ = (
+        Index("ix_commitments_transaction", "transaction_uid"),
+        Index(
+            "ix_commitments_open",
+            "tenant",
+            "destination",
+            postgresql_where=text("state IN ('WANTED', 'ASKED')"),
+        ),
+    )
+
+    id: Mapped[int] = _key()
+    delivery_id: Mapped[int] = mapped_column(
+        ForeignKey("deliveries.id", ondelete="CASCADE"), index=True
+    )
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"), index=True)
+    tenant: Mapped[str]
+    origin: Mapped[str]
+    destination: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="WANTED")  # db.commitment.CommitmentState
+    items: Mapped[dict[str, Any]]  # SOP Instance UID -> SOP Class UID
+    transaction_uid: Mapped[str] = mapped_column(server_default="")  # of the newest request
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    run_after: Mapped[dt.datetime] = _now()
+    failed: Mapped[dict[str, Any]] = mapped_column(server_default="{}")  # UID -> reason
+    error_code: Mapped[str] = mapped_column(server_default="")
+    created_at: Mapped[dt.datetime] = _now()
+    asked_at: Mapped[dt.datetime | None]
+    finished_at: Mapped[dt.datetime | None]
+
+
+class PledgeRow(Base):
+    """What we answer to a sender that asked for storage commitment."""
+
+    __tablename__ = "pledges"
+    __table_args__ = (
+        Index("ix_pledges_due", "run_after", postgresql_where=text("state = 'WAITING'")),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)  # of the request in the spool
+    tenant: Mapped[str]
+    sender: Mapped[str]  # its AE title
+    called_ae: Mapped[str]
+    address: Mapped[str]
+    answer: Mapped[dict[str, Any]]  # db.transaction.Transaction: the same on every try
+    state: Mapped[str] = mapped_column(server_default="WAITING")  # WAITING | REPORTED | EXPIRED
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    run_after: Mapped[dt.datetime] = _now()
+    expires_at: Mapped[dt.datetime]
+    error_code: Mapped[str] = mapped_column(server_default="")
+    created_at: Mapped[dt.datetime] = _now()
+    finished_at: Mapped[dt.datetime | None]
+
+
 class DestinationRow(Base):
     """Back-off belongs to the destination: its first success releases all that waits for it."""
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from pynetdicom import AE
 from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at run time
 from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from config.settings import ScpSettings
-from config.tenants import Destination, Tenant
+from config.tenants import Destination, Sender, Tenant
 from db.reach import Unreachable
 from dicom_sr.line import Line, NoLine, TlsFiles, connect
 from dicom_sr.requestor import sole_reader
@@ -54,6 +55,20 @@ def peer_of(tenant: Tenant, destination: Destination, scp: ScpSettings) -> Peer:
     )
 
 
+def caller_of(sender: Sender, address: str, calling_ae: str, scp: ScpSettings) -> Peer:
+    """A sender that listens for reports; over TLS where it must show a certificate itself.
+
+    Its certificate is held against the address: no name of it is known.
+    """
+    return Peer(
+        host=address,
+        port=sender.port,
+        ae_title=sender.ae_title,
+        calling_ae=calling_ae,
+        tls=TlsFiles(scp.tls_ca, scp.tls_cert, scp.tls_key) if sender.tls_subject else None,
+    )
+
+
 def echo(peer: Peer) -> str:
     """Ask by C-ECHO; empty where it answers, else why not, in one word."""
     try:
@@ -69,7 +84,10 @@ def echo(peer: Peer) -> str:
 
 @contextmanager
 def speaking(
-    peer: Peer, contexts: Sequence[PresentationContext]
+    peer: Peer,
+    contexts: Sequence[PresentationContext],
+    *,
+    roles: Sequence[SCP_SCU_RoleSelectionNegotiation] = (),
 ) -> Iterator[tuple[Association, "Entity"]]:
     """An association, established or not; ended and closed on leaving.
 
@@ -92,7 +110,12 @@ def speaking(
         entity = Entity(peer, made)
         # The line stands: the address is not looked at, nor a name resolved once more.
         association = entity.associate(
-            "127.0.0.1", peer.port, contexts=list(contexts), ae_title=peer.ae_title, max_pdu=MAX_PDU
+            "127.0.0.1",
+            peer.port,
+            contexts=list(contexts),
+            ae_title=peer.ae_title,
+            max_pdu=MAX_PDU,
+            ext_neg=list(roles),
         )
         with _ended(association, peer):
             yield association, entity

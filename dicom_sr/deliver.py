@@ -13,14 +13,16 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from db import claims, dispatch
+from db import claims, commitment, dispatch
 from db.lifetime import is_gone
 from db.process import Stop
 from db.sandbox import Sandbox
 from dicom_sr.assemble import Assembler
 from dicom_sr.building import Builder
+from dicom_sr.committer import Committer
 from dicom_sr.recording import is_away
 from dicom_sr.sending import Sender
+from dicom_sr.vouching import Voucher
 
 log = structlog.get_logger()
 
@@ -40,12 +42,14 @@ class Deliverer:
         self._assembler = assembler = Assembler(engine, settings, sandbox, version)
         self._builder = Builder(engine, settings, assembler, worker)
         self._senders = {
-            f"send-{tenant.id}-{destination.name}": Sender(
-                engine, settings, assembler, sandbox, worker, tenant, destination
+            f"send-{tenant.id}-{destination.name}": (
+                Sender(engine, settings, assembler, sandbox, worker, tenant, destination),
+                Committer(engine, settings, sandbox, tenant, destination),
             )
             for tenant in settings.tenants
             for destination in tenant.destinations
         }
+        self._voucher = Voucher(engine, settings)
         self._places = [(t.id, d.name) for t in settings.tenants for d in t.destinations]
         self._since: dt.datetime | None = None
         self._wake = threading.Condition()
@@ -55,9 +59,10 @@ class Deliverer:
         """Build and send until told to stop; what is under way is finished first."""
         attempt(self.take_back, stop)
         threads = [
-            threading.Thread(target=self._send, args=(sender, stop), name=name)
-            for name, sender in self._senders.items()
+            threading.Thread(target=self._send, args=(*both, stop), name=name)
+            for name, both in self._senders.items()
         ]
+        threads.append(threading.Thread(target=self._vouch, args=(stop,), name="vouch"))
         for thread in threads:
             thread.start()
         attempt(self._warm, stop)
@@ -78,9 +83,11 @@ class Deliverer:
         """Build what is due and send what is due, once round; for tests and single commands."""
         while self._builder.build_once():
             pass
-        for sender in self._senders.values():
-            while sender.send_once():
+        for sender, committer in self._senders.values():
+            while sender.send_once() or committer.ask_once():
                 pass
+        while self._voucher.tell_once():
+            pass
 
     def take_back(self) -> bool:
         """Free what senders held that were killed on this machine; whether there was any."""
@@ -92,12 +99,16 @@ class Deliverer:
 
     def sweep(self) -> bool:
         """End what is past its time and has no sender; whether there was any."""
-        n = 0
+        n, n_reports = 0, 0
         while self._expire():
             n += 1
         if n:
             log.warning("deliveries_expired", n=n)
-        return n > 0
+        while self._follow_up():
+            n_reports += 1
+        if n_reports:
+            log.warning("commitment_reports_missing", n=n_reports)
+        return n + n_reports > 0
 
     def _expire(self) -> bool:
         with Session(self._engine) as session, session.begin():
@@ -107,18 +118,31 @@ class Deliverer:
                 session, self._worker, sent_to=self._places, since=self._since
             )
 
+    def _follow_up(self) -> bool:
+        with Session(self._engine) as session, session.begin():
+            return commitment.follow_up(session)
+
     def _warm(self) -> bool:
         self._assembler.warm()
         return True
 
-    def _send(self, sender: Sender, stop: Stop) -> None:
+    def _send(self, sender: Sender, committer: Committer, stop: Stop) -> None:
+        def work() -> bool:
+            # Results first: one that waits is worth more than the word on those that are there.
+            return sender.send_once(stop) or committer.ask_once(stop) or sender.ask_once()
+
         while not stop.is_set():
             seen = self._n_wakes
-            if not attempt(lambda: sender.send_once(stop) or sender.ask_once(), stop):
+            if not attempt(work, stop):
                 with self._wake:
                     # Woken between looking and waiting: look again.
                     if seen == self._n_wakes and not stop.is_set():
                         self._wake.wait(SEND_POLL_S)
+
+    def _vouch(self, stop: Stop) -> None:
+        while not stop.is_set():
+            if not attempt(lambda: self._voucher.tell_once(stop), stop):
+                stop.wait(SEND_POLL_S)
 
     def _wake_senders(self) -> None:
         with self._wake:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, aliased
 
 from config.settings import Settings
 from config.tenants import Destination, Tenant
-from db import claims, dispatch, reach, replaced
+from db import claims, commitment, dispatch, reach, replaced
 from db.answers import is_delivered, is_due
 from db.claims import ClaimedDelivery
 from db.errors import NodeError, PermanentError, StaleAnalysis, TransientError
@@ -307,8 +307,10 @@ class Sender:
                 dispatch.postpone(session, delivery, codes, error_code=sent.error)
             elif refused:
                 dispatch.refuse(session, delivery, codes, error_code=refused[0])
+                self._want_commitment(session, delivery)
             else:
                 dispatch.accept(session, delivery, codes)
+                self._want_commitment(session, delivery)
             point("delivery_concluded")
 
         self._record(conclude, stop)
@@ -316,6 +318,11 @@ class Sender:
         outcome = sent.error or (refused[0] if refused else "delivered")
         log.info("delivery_tried", outcome=outcome, n_objects=len(answers))
         _warn(answers)
+
+    def _want_commitment(self, session: Session, delivery: ClaimedDelivery) -> None:
+        # A rejection note is an instruction: an archive need not keep it.
+        if self._destination.commitment and not delivery.is_rejection:
+            commitment.want(session, delivery)
 
     def _not_prepared(self, delivery: ClaimedDelivery, error: NodeError, stop: Stop) -> None:
         """A full disk passes; what is lost or unreadable stays so."""

@@ -6,9 +6,11 @@ from typing import Any
 from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
+from db.commitment import COMMITMENT_WORDS
 from db.outbox import DeliveryState
 from db.tables import (
     AnalysisRow,
+    CommitmentRow,
     DeliveryRow,
     DestinationRow,
     NoticeRow,
@@ -74,6 +76,7 @@ def deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
             "error": d.error_code,
             "statuses": d.statuses,
             "finished_at": d.finished_at and d.finished_at.isoformat(),
+            "commitment": _commitment(session, d),
             "waits_for": (
                 _waits_for(d, to, study, is_note=withdrawn_no is not None)
                 if d.state == DeliveryState.WAITING
@@ -82,6 +85,27 @@ def deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
         }
         for d, result_no, notice_no, withdrawn_no, to, study in session.execute(query)
     ]
+
+
+def _commitment(session: Session, delivery: DeliveryRow) -> dict[str, Any] | None:
+    """What the destination says of keeping it; None where it was never to be asked."""
+    row = session.scalar(
+        select(CommitmentRow)
+        .where(CommitmentRow.delivery_id == delivery.id)
+        .order_by(CommitmentRow.id.desc())
+        .limit(1)
+    )
+    if row is None:
+        return None
+    return {
+        "state": row.state,
+        "objects": len(row.items),
+        "failed": row.failed,
+        "error": row.error_code,
+        "transaction_uid": row.transaction_uid,
+        "asked_at": row.asked_at and row.asked_at.isoformat(),
+        "finished_at": row.finished_at and row.finished_at.isoformat(),
+    }
 
 
 def _waits_for(
@@ -104,7 +128,18 @@ def delivered(delivery: dict[str, Any]) -> str:
     words += f", {len(delivery['statuses'])} objects, {delivery['attempts']} tries"
     if delivery["error"]:
         words += f", [red]{delivery['error']}[/]"
+    if delivery["commitment"]:
+        words += f", {_committed(delivery['commitment'])}"
     return words + (f"; {delivery['waits_for']}" if delivery["waits_for"] else "")
+
+
+def _committed(commitment: dict[str, Any]) -> str:
+    words = COMMITMENT_WORDS[commitment["state"]]
+    if commitment["failed"]:
+        words += f" for {len(commitment['failed'])} of {commitment['objects']} objects"
+    if commitment["error"]:
+        words += f" [red]{commitment['error']}[/]"
+    return words + (f" {minute(at)}" if (at := commitment["finished_at"]) else "")
 
 
 def minute(at: str) -> str:

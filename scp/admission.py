@@ -12,7 +12,7 @@ from enum import Enum
 from functools import lru_cache
 
 from config.settings import ScpSettings, Settings, is_loopback
-from config.tenants import Destination, Tenant
+from config.tenants import Destination, Sender, Tenant
 
 # Beyond all limits of storage, so that a C-ECHO is answered while every slot is taken.
 VERIFICATION_SLOTS = 16
@@ -35,7 +35,7 @@ class Caller:
     address: str
     local_host: str = "127.0.0.1"  # the listener's
     tls_subject: str = ""  # RFC 4514; empty without a client certificate
-    is_verification_only: bool = False
+    is_verification_only: bool = False  # or brings storage commitment alone: no data to keep
 
     def __post_init__(self) -> None:
         # Padding is not significant (PS3.5 6.2); some implementations pad with NUL.
@@ -50,6 +50,12 @@ class Admission:
     tenant: Tenant
     caller: Caller
     may_store: bool
+    may_ask: bool = False  # for storage commitment (N-ACTION)
+    may_report: bool = False  # that it has committed itself to keep our results (N-EVENT-REPORT)
+
+    @property
+    def may_commit(self) -> bool:
+        return self.may_ask or self.may_report
 
 
 def judge(settings: Settings, caller: Caller) -> Admission | Refusal:
@@ -57,21 +63,28 @@ def judge(settings: Settings, caller: Caller) -> Admission | Refusal:
     tenant = settings.by_ae_title.get(caller.called_ae)
     if tenant is None:
         return Refusal.CALLED_AE
-    if _is_sender(tenant, caller):
-        return Admission(tenant, caller, may_store=True)
-    if not tenant.senders and (settings.scp.allow_any_sender or is_loopback(caller.local_host)):
-        return Admission(tenant, caller, may_store=True)
-    if any(_is_destination(destination, caller) for destination in tenant.destinations):
-        return Admission(tenant, caller, may_store=False)
-    return Refusal.CALLING_AE
+    sender = next((one for one in tenant.senders if _is_sender(one, caller)), None)
+    is_anyones = not tenant.senders and (
+        settings.scp.allow_any_sender or is_loopback(caller.local_host)
+    )
+    destinations = [one for one in tenant.destinations if _is_destination(one, caller)]
+    if not (sender or is_anyones or destinations):
+        return Refusal.CALLING_AE
+    return Admission(
+        tenant,
+        caller,
+        may_store=bool(sender) or is_anyones,
+        # The answer comes later, on an association of ours: where to must be known.
+        may_ask=sender is not None and sender.port > 0 and tenant.keeps_for_good,
+        may_report=any(one.commitment for one in destinations),
+    )
 
 
-def _is_sender(tenant: Tenant, caller: Caller) -> bool:
-    return any(
+def _is_sender(sender: Sender, caller: Caller) -> bool:
+    return (
         sender.ae_title == caller.calling_ae
         and sender.admits(caller.address)
         and (not sender.tls_subject or _is_subject(sender.tls_subject, caller.tls_subject))
-        for sender in tenant.senders
     )
 
 

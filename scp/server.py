@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import structlog
 from pynetdicom import AE, evt
@@ -23,8 +23,9 @@ from pynetdicom.transport import (
 )
 
 from config.settings import ScpSettings
-from db.meta import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from scp import presentation, store
+from db import transaction
+from db.meta import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Provenance
+from scp import commitment, presentation, store
 from scp.admission import Admission, Caller, LimitReached, Refusal
 from scp.door import Door
 from scp.tls import subject
@@ -93,7 +94,7 @@ class StoreReception(Reception):
             return
         self._admission = found
         self.acceptor.supported_contexts = presentation.supported(
-            requested, storage=found.may_store
+            requested, storage=found.may_store, commitment=found.may_commit
         )
         log.info(
             "association_accepted",
@@ -111,12 +112,15 @@ class StoreReception(Reception):
         return cast(AddressInformation, self.acceptor.address_info)
 
     def open_sink(self, message: DIMSEMessage) -> store.Keeping:
+        source = self._source(cast(int, message.context_id), message)
+        return store.Keeping(self._door.spool, self._door.settings.node.min_free_mb, source)
+
+    def _source(self, context_id: int, message: DIMSEMessage | None = None) -> Provenance:
         if self._admission is None:
             raise PermissionError("a data set before admission")
         local = f"{self._local.address}:{self._local.port}"
-        syntax = str(self._accepted_cx[cast(int, message.context_id)].transfer_syntax[0])
-        source = store.provenance(self._admission, message, syntax, self._id, local)
-        return store.Keeping(self._door.spool, self._door.settings.node.min_free_mb, source)
+        syntax = str(self._accepted_cx[context_id].transfer_syntax[0])
+        return store.provenance(self._admission, syntax, self._id, local, message)
 
     def _serve_request(self, message: Any, context_id: int) -> None:
         if isinstance(message, C_STORE):
@@ -125,8 +129,21 @@ class StoreReception(Reception):
             self._n_kept += status == store.SUCCESS
             if message.MessageID is not None:
                 self.dimse.send_msg(store.response(message, status), context_id)
+        elif self._is_commitment(message, context_id):
+            source = self._source(context_id)
+            answered = commitment.answer(message, self._admission, self._door.spool, source)
+            self.dimse.send_msg(answered, context_id)
         else:
             super()._serve_request(message, context_id)
+
+    def _is_commitment(self, message: Any, context_id: int) -> TypeGuard[commitment.Message]:
+        context = self._accepted_cx.get(context_id)
+        return (
+            isinstance(message, commitment.Message)
+            and message.is_valid_request
+            and context is not None
+            and context.abstract_syntax == transaction.SOP_CLASS
+        )
 
     def _serve_next(self) -> None:
         super()._serve_next()

@@ -64,10 +64,14 @@ class Keeping:
 
 
 def provenance(
-    admission: Admission, message: DIMSEMessage, syntax: str, association: str, local: str
+    admission: Admission,
+    syntax: str,
+    association: str,
+    local: str,
+    message: DIMSEMessage | None = None,
 ) -> Provenance:
-    """What is written beside the data set; UIDs as the command gave them, well-formed or not."""
-    command = message.command_set
+    """What is written beside a data set; UIDs as a C-STORE gave them, well-formed or not."""
+    command = message.command_set if message else None
     caller = admission.caller
     return Provenance(
         tenant=admission.tenant.id,

@@ -51,11 +51,11 @@ class Pacs:
         self._entity.add_supported_context("1.2.840.10008.1.1")  # Verification
         self._start()
 
+    def _handlers(self) -> list[Any]:
+        return [(evt.EVT_C_STORE, self._store), (evt.EVT_REQUESTED, self._requested)]
+
     def _start(self, port: int = 0) -> None:
-        handlers: list[Any] = [
-            (evt.EVT_C_STORE, self._store),
-            (evt.EVT_REQUESTED, self._requested),
-        ]
+        handlers = self._handlers()
         server = self._entity.start_server(
             ("127.0.0.1", port), block=False, evt_handlers=handlers, ssl_context=self._tls
         )

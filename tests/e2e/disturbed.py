@@ -49,9 +49,13 @@ KINDS = {
     "refused": f"max_wait_s = {QUIET_S + 1}",
 }
 #: The process at whose points a fault kills, by its module's name in the command line. Those of
-#: an operator's hand are not among them.
+#: storage commitment, which these archives do not give, and of an operator's hand are not among
+#: them.
 ORDINARY = {
-    name: process for process, points in POINTS.items() for name in points if process != "operator"
+    name: process
+    for process, points in POINTS.items()
+    for name in points
+    if process not in ("commitment", "operator")
 }
 DEADLINE_S = 600.0
 

@@ -248,7 +248,7 @@ def written(datasets: Sequence[Dataset], folder: Path) -> list[Path]:
     return paths
 
 
-def tenant_toml(name: str, more: str, archive: Archive) -> str:
+def tenant_toml(name: str, more: str, sender: str, archive: Archive) -> str:
     title = name.upper()
     return f"""
 [[tenants]]
@@ -258,6 +258,7 @@ quiet_period_s = {QUIET_S}
 {more}
 [[tenants.senders]]
 ae_title = "{title}_CT"
+{sender}
 [[tenants.destinations]]
 name = "pacs"
 ae_title = "{title}_PACS"
@@ -271,6 +272,7 @@ def running(
     folder: Path,
     *,
     tenants: Mapping[str, str] = TENANTS,
+    senders: Mapping[str, str] = MappingProxyType({}),
     destinations: Mapping[str, str] = MappingProxyType({}),
     scp_port: int = 0,
     database_url: str = "",
@@ -279,7 +281,8 @@ def running(
 ) -> Iterator[Hospital]:
     """A node that is ready, with its peers; the shipped bundle and embedded database if not told.
 
-    tenants, destinations : by tenant, what each and its destination have beside their names
+    tenants, senders, destinations : by tenant, what each, its sender and its destination have
+        beside their names
     """
     archives: dict[str, Archive] = {}
     hospital = None
@@ -287,7 +290,8 @@ def running(
         for name in tenants:
             archives[name] = Archive(name, folder)
         parts = [
-            tenant_toml(name, tenants[name], archive) + destinations.get(name, "")
+            tenant_toml(name, tenants[name], senders.get(name, ""), archive)
+            + destinations.get(name, "")
             for name, archive in archives.items()
         ]
         (folder / "vigil.toml").write_text(

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from config.tenants import Sender, Tenant
 from db import cut_off, operator
 from db import intake as intake_module
+from db.committing import Committing
 from db.drain import Drain
 from db.intake import Intake
 from db.refusals import Refused, note
@@ -764,6 +765,11 @@ def test_h40_a_database_that_is_away_loses_nothing(node, database_url):
     assert node.one(StudyRow).n_instances == 1
 
 
+def drain_of(node):
+    committing = Committing(node.engine, node.settings, node.sandbox)
+    return Drain(node.engine, node.settings, "scp-0", node.intake, committing)
+
+
 def test_folders_of_receivers_that_are_no_more_are_adopted(node):
     old = Spool(node.data_dir, "scp-7")
     web = Spool(node.data_dir, "web")
@@ -772,7 +778,7 @@ def test_folders_of_receivers_that_are_no_more_are_adopted(node):
     half = old.folder / "north" / f"{uuid.uuid4()}.part"
     half.touch()
     old.close()
-    drain = Drain(node.engine, node.settings, "scp-0", node.intake)
+    drain = drain_of(node)
 
     drain.step()
 
@@ -785,7 +791,7 @@ def test_folders_of_receivers_that_are_no_more_are_adopted(node):
 
 def test_h17_refusals_reach_the_audit_trail_and_alarm_when_repeated(node):
     refused = Refused(code="calling_ae", address="10.0.0.9", calling_ae="EVIL", tenant="north")
-    drain = Drain(node.engine, node.settings, "scp-0", node.intake)
+    drain = drain_of(node)
     for _ in range(4):
         note(node.box.folder, refused)
     drain.step()

@@ -13,23 +13,21 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pydicom.config
 import pytest
 from pydicom import dcmread
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, _config, evt
+from pynetdicom import AE, evt
 
-from config.settings import NodeSettings, ScpSettings, Settings
+from config.settings import ScpSettings
 from config.tenants import Destination, Sender, Tenant
 from db.refusals import noted
-from db.spool import Spool, read_provenance, scan
+from db.spool import read_provenance, scan
 from scp import tls
-from scp.door import Door
-from scp.server import Listener, application_entity, serve, stop
-from scp.upper_layer import configure
+from scp.server import stop
 from tests.builders import ct_image, ct_series
+from tests.listening import receivers
 
 # pynetdicom's requestor, our peer here, leaves an aborted line to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -60,33 +58,12 @@ EXOTIC = {
 @pytest.fixture
 def receive(tmp_path):
     """Starts receivers with settings of one's own; all are stopped at the end."""
-    library = pydicom.config.settings
-    modes = library.reading_validation_mode, library.writing_validation_mode
-    validators = dict(_config.VALIDATORS)
-    configure()
-    started = []
+    with receivers(tmp_path) as start:
 
-    def start(tls_context=None, min_free_mb=0, tenants=(NORTH,), **scp):
-        settings = Settings(
-            node=NodeSettings(data_dir=tmp_path, min_free_mb=min_free_mb),
-            scp=ScpSettings(**scp),
-            tenants=tenants,
-        )
-        box = Spool(tmp_path, f"scp-{len(started)}", min_free_mb=min_free_mb)
-        door = Door(settings, box)
-        listening = socket.create_server(("127.0.0.1", 0))
-        listener = Listener(application_entity(settings.scp, "VIGIL"), listening, door, tls_context)
-        serve(listener)
-        started.append((listener, door))
-        port = listener.server_address[1]
-        return SimpleNamespace(port=port, box=box, door=door, listener=listener)
+        def of_north(tls_context=None, tenants=(NORTH,), **more):
+            return start(tls_context, tenants=tenants, **more)
 
-    yield start
-    for listener, door in started:
-        stop([listener], door)
-        door.spool.close()
-    library.reading_validation_mode, library.writing_validation_mode = modes
-    _config.VALIDATORS.update(validators)
+        yield of_north
 
 
 def associate(node, *contexts, called="NORTH_AI", calling="CT1", tls_args=None, **entity):

@@ -65,11 +65,6 @@ def test_the_example_is_valid():
             '[[tenants]]\nid = "a"\nae_titles = ["A"]\nthresholds = { "any" = 0.5 }',
             "'any' is not <one of ['ich']>.<label>",
         ),
-        (
-            '[[tenants]]\nid = "a"\nae_titles = ["A"]\n[[tenants.destinations]]\nname = "p"\n'
-            'ae_title = "P"\nhost = "h"\nport = 104\ncommitment = true',
-            "vigil.toml:4: tenants.0.destinations.0: not in this version: commitment",
-        ),
         ("[scp]\ntls_port = 2762", "vigil.toml:1: scp: tls_port needs tls_cert and tls_key"),
     ],
 )
