@@ -201,11 +201,10 @@ def test_a_renewal_that_hangs_does_not_hang_the_sender(engine, monkeypatch):
         hangs.set()
         return goes_on.wait(20)
 
-    started = time.monotonic()
     with lease.Lease(engine, renew, lease_s=0.3) as held:
         assert hangs.wait(5)
         wait_until(lambda: not held.is_held(), timeout_s=2)
-    assert time.monotonic() - started < 5
+    assert held._thread.is_alive()  # it is left behind
     goes_on.set()
 
 
