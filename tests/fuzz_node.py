@@ -163,13 +163,14 @@ def outcomes(session: Session, log: Path) -> tuple[dict[str, int], int, int]:
         for key, code in session.execute(select(QuarantineRow.id, QuarantineRow.code))
     }
     returned = session.scalar(select(func.sum(ReturnedRow.n))) or 0
-    variants = session.scalar(
-        select(func.count()).select_from(EventRow).where(EventRow.kind == "variant_dropped")
-    )
+    events: Counter[str] = Counter()
+    for kind, n in session.execute(select(EventRow.kind, func.count()).group_by(EventRow.kind)):
+        events[kind] = n
     found = Counter({f"quarantined: {code}": n for code, n in Counter(aside.values()).items()})
     found["accepted"] = len(accepted)
     found["duplicate"] = len(kept & duplicates)
-    found["variant of a stored one"] = variants or 0
+    found["variant of a stored one"] = events["variant_dropped"]
+    found["as one that is set aside already"] = events["instance_came_again"]
     found["our own, returned"] = int(returned)
     found = Counter({name: n for name, n in found.items() if n})
     return dict(sorted(found.items())), len(kept), len(kept) - found.total()

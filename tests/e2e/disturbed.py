@@ -10,9 +10,10 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -298,7 +299,12 @@ OF_ONE_STUDY = frozenset(
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, database_url: str = "") -> Iterator[Disturbed]:
+def running(
+    folder: Path,
+    *,
+    database_url: str = "",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Disturbed]:
     """A node with a small untrained bundle, whose processes watch the fault points."""
     faults = folder / "faults"
     for name in ("armed", "passed"):
@@ -311,6 +317,6 @@ def running(folder: Path, *, database_url: str = "") -> Iterator[Disturbed]:
         scp_port=free_port(),  # the same one after a restart, as any site has it
         database_url=database_url,
         inference=f'models = ["{bundle}"]\ndevice = "cpu"\nloaders = 1',
-        environment={VARIABLE: str(faults), "OMP_NUM_THREADS": "1"},
+        environment={VARIABLE: str(faults), "OMP_NUM_THREADS": "1", **environment},
     ) as found:
         yield Disturbed(found, faults)

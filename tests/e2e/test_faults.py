@@ -141,6 +141,7 @@ def test_h40_reception_goes_on_while_the_database_is_down_and_the_rest_resumes(
         study = node.study("clear")
         assert node.send(study) == 1  # at the first try, every instance 0x0000
         sent.append(study)
+        time.sleep(outage_s / 20)  # what comes in must be analysed afterwards
     server.start()
 
     assert node.wait(under_way) == expected["found"]
