@@ -10,10 +10,9 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -299,12 +298,7 @@ OF_ONE_STUDY = frozenset(
 
 
 @contextlib.contextmanager
-def running(
-    folder: Path,
-    *,
-    database_url: str = "",
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> Iterator[Disturbed]:
+def running(folder: Path, *, database_url: str = "") -> Iterator[Disturbed]:
     """A node with a small untrained bundle, whose processes watch the fault points."""
     faults = folder / "faults"
     for name in ("armed", "passed"):
@@ -317,6 +311,6 @@ def running(
         scp_port=free_port(),  # the same one after a restart, as any site has it
         database_url=database_url,
         inference=f'models = ["{bundle}"]\ndevice = "cpu"\nloaders = 1',
-        environment={VARIABLE: str(faults), "OMP_NUM_THREADS": "1", **environment},
+        environment={VARIABLE: str(faults), "OMP_NUM_THREADS": "1"},
     ) as found:
         yield Disturbed(found, faults)
