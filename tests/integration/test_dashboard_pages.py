@@ -17,6 +17,7 @@ from db.study import AnalysisState
 from db.tables import (
     AnalysisRow,
     AuditRow,
+    CommitmentRow,
     DeliveryRow,
     EventRow,
     NoticeRow,
@@ -466,3 +467,24 @@ def test_a_notice_that_was_sent_stands_under_deliveries(web: Web) -> None:
     deliveries = text.partition("<h2>Deliveries</h2>")[2].partition("</section>")[0]
     assert "notice: not processed" in deliveries
     assert "delivered" in deliveries
+
+
+def test_a_delivery_says_whether_the_archive_vouches_for_it(web: Web) -> None:
+    study_id = positive(web)
+    with Session(web.engine) as session, session.begin():
+        delivery = session.scalars(select(DeliveryRow)).first()
+        assert delivery is not None
+        for state in ("FAILED", "COMMITTED"):
+            session.add(
+                CommitmentRow(
+                    delivery_id=delivery.id, study_id=delivery.study_id, tenant="north",
+                    origin="dicom", destination=delivery.destination, items={}, state=state,
+                )
+            )  # fmt: skip
+            session.flush()
+
+    text = web.person("reader", "north").get(f"/study/{study_id}").text
+
+    deliveries = text.partition("<h2>Deliveries</h2>")[2].partition("</section>")[0]
+    assert "committed" in deliveries  # the newest word counts
+    assert "failed" not in deliveries
