@@ -232,19 +232,25 @@ def where(
 
 
 @app.command(rich_help_panel=STUDIES)
-def rerun(study: StudyName, tenant: TenantOption = "", config: Config = None) -> None:
+def rerun(
+    study: StudyName, tenant: TenantOption = "", as_json: AsJson = False, config: Config = None
+) -> None:
     """Analyse a study again, over what is there now; the new result supersedes the old one."""
     from node.operate import rerun as act
+    from node.operate import show
 
-    console().print(act(study, tenant, config))
+    report(act(study, tenant, config), show, as_json=as_json)
 
 
 @app.command(rich_help_panel=STUDIES)
-def resend(study: StudyName, tenant: TenantOption = "", config: Config = None) -> None:
+def resend(
+    study: StudyName, tenant: TenantOption = "", as_json: AsJson = False, config: Config = None
+) -> None:
     """Send a study's result objects once more, the same bytes, to every destination."""
     from node.operate import resend as act
+    from node.operate import show
 
-    console().print(act(study, tenant, config))
+    report(act(study, tenant, config), show, as_json=as_json)
 
 
 @app.command(rich_help_panel=STUDIES)

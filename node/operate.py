@@ -3,7 +3,9 @@
 import getpass
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
 from sqlalchemy.orm import Session
 
 from config.settings import load
@@ -14,32 +16,44 @@ from node.database import opened
 from node.where import analyses, find_one
 
 
-def rerun(study: str, tenant: str, config: Path | None) -> str:
-    """Queue every analysis of the study again; says what was done."""
+def rerun(study: str, tenant: str, config: Path | None) -> dict[str, Any]:
+    """Queue every analysis of the study again; what was done, as one JSON document.
+
+    Raises
+    ------
+    IllegalMove
+        If none could be.
+    """
     return _each(study, tenant, config, operator.rerun, "queued again")
 
 
-def resend(study: str, tenant: str, config: Path | None) -> str:
-    """Put every result of the study into the outbox again; says what was done."""
+def resend(study: str, tenant: str, config: Path | None) -> dict[str, Any]:
+    """Put every result of the study into the outbox again; likewise."""
     return _each(study, tenant, config, operator.resend, "will be sent again")
 
 
 def _each(
     study: str, tenant: str, config: Path | None, act: Callable[..., Analysis], done: str
-) -> str:
+) -> dict[str, Any]:
     actor = f"cli:{getpass.getuser()}"
-    words: list[str] = []
+    told: list[dict[str, str]] = []
     with opened(load(config)) as engine, Session(engine) as session, session.begin():
-        rows = analyses(session, find_one(session, study, tenant))
-        for row in rows:
+        found = find_one(session, study, tenant)
+        for row in analyses(session, found):
             bundle = row.bundle
             try:
                 with session.begin_nested():
                     act(session, row.id, actor=actor)
             except IllegalMove as error:
-                words.append(f"{bundle}: {error}")
+                told.append({"bundle": bundle, "refused": str(error)})
             else:
-                words.append(f"{bundle}: {done}")
-        if not any(word.endswith(done) for word in words):
-            raise IllegalMove("; ".join(words) or "the study has no analysis yet")
-    return "\n".join(words)
+                told.append({"bundle": bundle, "done": done})
+        if not any("done" in one for one in told):
+            refused = "; ".join(f"{one['bundle']}: {one['refused']}" for one in told)
+            raise IllegalMove(refused or "the study has no analysis yet")
+        return {"study": str(found.public_id), "tenant": found.tenant, "analyses": told}
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    for one in document["analyses"]:
+        console.print(f"{one['bundle']}: {one.get('done') or one['refused']}", soft_wrap=True)

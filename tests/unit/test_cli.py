@@ -233,6 +233,17 @@ def test_rerun_queues_the_study_and_resend_has_nothing_to_send(vigil, config, en
         assert session.query(AnalysisRow).one().state == "QUEUED"
 
 
+def test_rerun_tells_a_script_what_it_did(vigil, config, engine):
+    received_study(engine)
+
+    status, out, _ = vigil("rerun", "A1", "--json", "--config", config)
+
+    told = json.loads(out)
+    assert status == 0
+    assert told["tenant"] == "default"
+    assert told["analyses"] == [{"bundle": "ich", "done": "queued again"}]
+
+
 def test_status_counts_by_tenant_and_state(vigil, config, engine):
     received_study(engine)
     received_study(engine, tenant="south")
