@@ -308,6 +308,9 @@ def test_a_taught_head_follows_its_teacher_into_the_mirror(learnt):
     assert likeness(made) > likeness(alone) + 0.02
     assert student.needs == (teacher,)
     assert student.family != teacher.family
+    # What is kept goes by the name: another teacher, another student.
+    other = replace(teacher, bleeds=2, altered=2, teacher=replace(teacher, dropout=0.1))
+    assert other.name != replace(other, teacher=teacher).name
     assert "distillation" in student.words
     assert "distillation" not in teacher.words
 

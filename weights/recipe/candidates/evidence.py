@@ -75,6 +75,7 @@ class Evidence:
             + (f" g={self.grey}" if self.grey else "")
             + (f" b={self.bleeds}" if self.bleeds else "")
             + (f" c={self.copied}" if self.copied else "")
+            + (f" from ({self.teacher.name})" if self.teacher else "")
         )
 
     @property
