@@ -133,11 +133,13 @@ def activate(
     *,
     actor: str,
     baseline: Installed | None = None,
+    detail: Mapping[str, str] | None = None,
 ) -> bool:
     """Let a version serve a tenant from now on; False where it does already.
 
     baseline : what has served by configuration alone. It gets a row of its own, so that a rollback
         leads back to it whatever becomes of the configured folder.
+    detail : further words for the audit
     """
     lock(session)
     now = _newest_row(session, tenant, installed.bundle)
@@ -147,7 +149,7 @@ def activate(
         now = _add(session, tenant, baseline, action="baseline", actor=actor, before_id=None)
     before_id = now.id if now is not None else None
     _add(session, tenant, installed, action="activate", actor=actor, before_id=before_id)
-    _audit(session, tenant, "model_activate", actor, installed, now)
+    _audit(session, tenant, "model_activate", actor, installed, now, detail or {})
     return True
 
 
@@ -161,8 +163,17 @@ def rollback_target(session: Session, tenant: str, bundle: str) -> Installed:
     return _installed(_before(session, tenant, bundle))
 
 
-def roll_back(session: Session, tenant: str, bundle: str, *, actor: str) -> Installed:
+def roll_back(
+    session: Session,
+    tenant: str,
+    bundle: str,
+    *,
+    actor: str,
+    detail: Mapping[str, str] | None = None,
+) -> Installed:
     """Go back to what was active before; once more leads further back, never forth again.
+
+    detail : further words for the audit
 
     Raises
     ------
@@ -172,7 +183,7 @@ def roll_back(session: Session, tenant: str, bundle: str, *, actor: str) -> Inst
     now, target = _newest_row(session, tenant, bundle), _before(session, tenant, bundle)
     installed = _installed(target)
     _add(session, tenant, installed, action="rollback", actor=actor, before_id=target.before_id)
-    _audit(session, tenant, "model_rollback", actor, installed, now)
+    _audit(session, tenant, "model_rollback", actor, installed, now, detail or {})
     return installed
 
 
@@ -228,8 +239,10 @@ def _audit(
     actor: str,
     installed: Installed,
     before: ActivationRow | None,
+    further: Mapping[str, str],
 ) -> None:
     detail: Mapping[str, str] = {
+        **further,
         "weights_sha256": installed.weights_sha256,
         "before": _installed(before).label if before is not None else "",
     }

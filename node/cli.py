@@ -289,7 +289,10 @@ DataFolder = Annotated[
     Path,
     typer.Option("--data", metavar="DIR", exists=True, help="manifest.csv and its pictures."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same figures.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same figures."),
+]
 
 
 @app.command(rich_help_panel=MODELS)
@@ -363,6 +366,16 @@ def evaluate(
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write evaluation.html there, too."),
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores",
+            metavar="FILE",
+            dir_okay=False,
+            help="Write a CSV of each case's label, raw score and probability, as `vigil "
+            "calibrate --scores` takes it.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", metavar="FILE", help="A site's own, for the bundle's."),
@@ -375,7 +388,17 @@ def evaluate(
     from node.learning import evaluate as run
 
     cases = Labelled(data=data, images=images, dicom=dicom, labels=labels, window=window)
-    raise typer.Exit(run(model, cases, seed=seed, to=to, as_json=as_json, calibration=calibration))
+    raise typer.Exit(
+        run(
+            model,
+            cases,
+            seed=seed,
+            to=to,
+            as_json=as_json,
+            calibration=calibration,
+            table=scores,
+        )
+    )
 
 
 @app.command(rich_help_panel=MODELS)

@@ -1,17 +1,19 @@
 """`vigil train`, `evaluate` and `calibrate`: the recipe of weights/recipe at the terminal."""
 
 import datetime as dt
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from node.bundles import folder_of
+from db.errors import PermanentError
+from node.bundles import folder_of, shipped
 from node.calibration_words import show_calibration
 from node.terminal import SUCCESS, WRONG_USAGE, complain, report
 
@@ -25,6 +27,7 @@ HEADLINE = (
     "auc",
     "average_precision",
     "sensitivity",
+    "sensitivity_of_all",
     "specificity",
     "brier",
     "log_loss",
@@ -51,7 +54,13 @@ def train(data: Path, out: Path, bundle: str, plan: dict[str, Any], *, as_json: 
     if bundle not in KINDS:
         complain(f"the recipe makes no bundle {bundle!r}: {', '.join(KINDS)}")
         return WRONG_USAGE
+    if words := _no_family(bundle, plan["families"]) or _no_device(plan["device"]):
+        complain(words)
+        return WRONG_USAGE
     check_training(data, plan["folds"])
+    if words := _unwritable(out):
+        complain(words)
+        return WRONG_USAGE
     from weights.recipe.train import Plan  # only now torch, which takes its time
     from weights.recipe.train import train as run
 
@@ -100,27 +109,34 @@ def evaluate(
     to: Path | None,
     as_json: bool,
     calibration: Path | None = None,
+    table: Path | None = None,
 ) -> int:
     """Figures of a bundle as it stands on disk; with `to`, a page of them in that folder.
 
+    table : where a CSV of each case's score goes
     calibration : a site's own file in place of the bundle's
     """
     from inference.bundle import load_bundle
-    from inference.model import load_model
+    from inference.model import check_reference, load_model
     from weights.recipe.evaluate import evaluate as run
+    from weights.recipe.evaluate import write_scores
     from weights.recipe.page import write_page
 
-    if words := cases.wrong():
+    if words := cases.wrong() or _no_bundle(model) or _unwritable(to) or _unwritable_file(table):
         complain(words)
         return WRONG_USAGE
     if cases.data is not None and _is_not_data(cases.data):
         return WRONG_USAGE
     bundle = load_bundle(folder_of(model), calibration=calibration)
     network = load_model(bundle)
+    check_reference(bundle, network)
     source = _source(cases, bundle)
     with _bars(is_quiet=as_json) as progress:
         figures, scores = run(source, bundle, network, seed=seed, progress=progress)
     report(figures, _show, as_json=as_json)
+    if table is not None:
+        write_scores(table, scores, source.key)
+        Console(stderr=True, highlight=False).print(f"scores: {table}")
     if to is not None:
         path = write_page(to, figures, scores, bundle, network)
         Console(stderr=True, highlight=False).print(f"page: {path}")
@@ -155,7 +171,7 @@ def calibrate(
     from weights.recipe.scores import read_scores
     from weights.recipe.site import recalibrate
 
-    if words := table.wrong():
+    if words := table.wrong() or _no_bundle(model) or _unwritable_file(out):
         complain(words)
         return WRONG_USAGE
     bundle = load_bundle(folder_of(model))
@@ -198,6 +214,56 @@ def _source(cases: Labelled, bundle: "Bundle") -> "Source":
     return kinds.from_studies(cases.dicom, cases.labels, bundle)
 
 
+def _no_family(bundle: str, wanted: Sequence[str]) -> str:
+    """What is wrong with --only, empty if nothing."""
+    from weights.recipe.families import COMPARED, SHIPPING, NoSuchFamily, check_families
+
+    try:
+        check_families(wanted, SHIPPING[bundle], COMPARED[bundle])
+    except NoSuchFamily as error:
+        return f"--only: {error}"
+    return ""
+
+
+def _no_device(name: str) -> str:
+    """What is wrong with --device, empty if nothing. Torch is loaded only to look for a GPU."""
+    if name in ("auto", "cpu"):
+        return ""
+    from inference.serving import pick_device
+
+    try:
+        pick_device(name)
+    except PermanentError:
+        return f"--device {name}: no such GPU can be used here"
+    return ""
+
+
+def _no_bundle(model: str) -> str:
+    """What is wrong with a bundle's name, empty if nothing."""
+    if folder_of(model).is_dir():
+        return ""
+    return f"--model {model}: neither a folder nor one of {', '.join(shipped())}"
+
+
+def _unwritable(folder: Path | None) -> str:
+    """Why nothing can be written into a folder, which is made if need be; empty if it can be.
+
+    Asked before what takes long, whose answer would be lost.
+    """
+    if folder is None:
+        return ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder}: nothing can be written there ({type(error).__name__})"
+
+
+def _unwritable_file(path: Path | None) -> str:
+    return "" if path is None else _unwritable(path.parent)
+
+
 def _is_not_data(data: Path) -> bool:
     if (data / MANIFEST_OF_DATA).is_file():
         return False
@@ -210,9 +276,11 @@ def _show(figures: dict[str, Any], to: Console) -> None:
     to.print(
         f"{figures['bundle']} {figures['version']}, label {figures['label']}: "
         f"{figures['n']} {unit} of {figures['n_patients']} patients, "
-        f"{figures['positives']} positive"
+        f"{figures['positives']} positive{_missing(figures)}"
     )
     for name in HEADLINE:
+        if name == "sensitivity_of_all" and not figures["left_out_positives"]:
+            continue  # the same again
         if name in figures:
             to.print(f"  {name:24} {_with_interval(figures[name], figures['intervals'][name])}")
     perfect = figures["ece_if_perfect"]
@@ -220,14 +288,33 @@ def _show(figures: dict[str, Any], to: Console) -> None:
         f"  {'ece if perfect':24} {perfect['mean']:.4f} "
         f"({perfect['low']:.4f} to {perfect['high']:.4f}), at this n"
     )
+    if figures["left_out_positives"]:
+        to.print(
+            "[yellow]sensitivity_of_all counts positives that were left out as missed[/]; at "
+            + "; ".join(_point_of_all(*one) for one in figures["operating_points"].items())
+        )
     for note in figures["notes"]:
-        to.print(f"[dim]assumed: {escape(note)}[/]")
+        to.print(f"[dim]note: {escape(note)}[/]")
+    for reason, n in figures["left_out_reasons"].items():
+        to.print(f"[yellow]{n} left out[/]: {escape(reason)}")
     for one in figures["left_out"][:SHOWN_LEFT_OUT]:
         to.print(f"[yellow]left out[/] {escape(one['name'])}: {escape(one['reason'])}")
     if (more := len(figures["left_out"]) - SHOWN_LEFT_OUT) > 0:
         to.print(f"[yellow]left out[/] and {more} more")
     trained_on = "; ".join(map(escape, figures["trained_on"]))
     to.print(f"[dim]trained on: {trained_on}; there, figures flatter[/]")
+
+
+def _missing(figures: Mapping[str, Any]) -> str:
+    if not figures["n_left_out"]:
+        return ""
+    return f"; {figures['n_left_out']} left out, {figures['left_out_positives']} of them positive"
+
+
+def _point_of_all(name: str, point: Mapping[str, Any]) -> str:
+    figure = point["sensitivity_of_all"]
+    ends = (figure["low"], figure["high"])
+    return escape(f"{name}: {_with_interval(figure['value'], ends)}")
 
 
 def _with_interval(value: float | None, ends: Sequence[float | None]) -> str:

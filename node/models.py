@@ -47,6 +47,13 @@ def models_activate(
             help="A site's own, from `vigil calibrate`, in place of the bundle's.",
         ),
     ] = None,
+    accept_moved: Annotated[
+        bool,
+        typer.Option(
+            "--accept-moved-thresholds",
+            help="Also where another calibration changes from which raw score studies are called.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     config: Config = None,
 ) -> None:
@@ -56,7 +63,8 @@ def models_activate(
     """
     from node.models_change import activate, show
 
-    report(activate(name, tenant or (), calibration, config), show, as_json=as_json)
+    changed = activate(name, tenant or (), calibration, config, accept_moved=accept_moved)
+    report(changed, show, as_json=as_json)
 
 
 @models.command("rollback")

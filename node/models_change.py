@@ -30,6 +30,7 @@ from node.models_install import (
     staged,
     taken,
 )
+from node.moved_thresholds import Cut, MovedThresholds, check_accepted, cuts, in_words
 
 
 class NoSuchTenant(PermanentError):
@@ -45,12 +46,21 @@ class OtherWeights(PermanentError):
 
 
 def activate(
-    text: str, tenant_ids: Sequence[str], calibration: Path | None, config: Path | None
+    text: str,
+    tenant_ids: Sequence[str],
+    calibration: Path | None,
+    config: Path | None,
+    *,
+    accept_moved: bool = False,
 ) -> dict[str, Any]:
     """Check a version, copy it into data_dir and let it serve; says what has changed.
 
+    accept_moved : also where its calibration moves the raw scores from which a tenant's are called
+
     Raises
     ------
+    MovedThresholds
+        If it does, unasked.
     NodeError
         Nothing has changed then.
     """
@@ -71,7 +81,18 @@ def activate(
             raise VersionTaken(taken(identity(bundle), "those that were activated"))
         if calibration is not None:
             _check_weights(bundle, tenants, active)
-        return _switch(session, settings, bundle, tenants, active)
+        moved = {
+            tenant.id: _cuts(
+                settings,
+                active.get((tenant.id, bundle.name)),
+                bundle,
+                tenant,
+                is_needed=not accept_moved,
+            )
+            for tenant in tenants
+        }
+        check_accepted(moved, is_accepted=accept_moved)
+        return _switch(session, settings, bundle, tenants, active, moved)
 
 
 def _read(settings: Settings, source: Source, calibration: Path | None) -> Bundle:
@@ -91,6 +112,7 @@ def _switch(
     bundle: Bundle,
     tenants: Sequence[Tenant],
     active: Mapping[tuple[str, str], Activation],
+    moved: Mapping[str, Sequence[Cut]],
 ) -> dict[str, Any]:
     """Files first, rows after them: a row never speaks of what is not there."""
     is_first = any((tenant.id, bundle.name) not in active for tenant in tenants)
@@ -101,9 +123,14 @@ def _switch(
         one = active.get((tenant.id, version.bundle))
         before[tenant.id] = one.installed if one else baseline
         changed[tenant.id] = activations.activate(
-            session, tenant.id, version, actor=_actor(), baseline=baseline
+            session,
+            tenant.id,
+            version,
+            actor=_actor(),
+            baseline=baseline,
+            detail=_audited(moved[tenant.id]),
         )
-    return _document(version, changed, before)
+    return _document(version, changed, before, moved)
 
 
 def roll_back(name: str, tenant_ids: Sequence[str], config: Path | None) -> dict[str, Any]:
@@ -124,10 +151,14 @@ def roll_back(name: str, tenant_ids: Sequence[str], config: Path | None) -> dict
         results = []
         for tenant in tenants:
             target = activations.rollback_target(session, tenant.id, name)
-            prove(load_installed(settings.node.data_dir, target), [tenant])
-            activations.roll_back(session, tenant.id, name, actor=_actor())
+            bundle = load_installed(settings.node.data_dir, target)
+            prove(bundle, [tenant])
+            was = active[tenant.id, name]
+            # What serves may be damaged: that must not stand in the way back.
+            moved = _cuts(settings, was, bundle, tenant, is_needed=False)
+            activations.roll_back(session, tenant.id, name, actor=_actor(), detail=_audited(moved))
             results.append(
-                _document(target, {tenant.id: True}, {tenant.id: active[tenant.id, name].installed})
+                _document(target, {tenant.id: True}, {tenant.id: was.installed}, {tenant.id: moved})
             )
     return {"bundle": name, "tenants": [one for made in results for one in made["tenants"]]}
 
@@ -142,6 +173,8 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         else:
             words = f"{one['tenant']}: {version} was active already"
         console.print(words, soft_wrap=True, markup=False)
+        for line in one["thresholds"]:
+            console.print(f"  {line['words']}", soft_wrap=True, markup=False)
     if not any(one["is_changed"] for one in document["tenants"]):
         return
     console.print(
@@ -180,6 +213,48 @@ def _check_weights(
             )
 
 
+def _cuts(
+    settings: Settings,
+    now: Activation | None,
+    bundle: Bundle,
+    tenant: Tenant,
+    *,
+    is_needed: bool,
+) -> tuple[Cut, ...]:
+    """Where the tenant's thresholds cut, with what serves it now and with `bundle`.
+
+    is_needed : whether not to know it is an error
+
+    Raises
+    ------
+    MovedThresholds
+        If what serves cannot be read, where that is needed.
+    """
+    if now is None:
+        try:
+            return cuts(load_configured(configured(settings)[bundle.name]), bundle, tenant)
+        except BundleError:  # it serves nobody as it is
+            return ()
+    was = now.installed
+    if was.weights_sha256 != bundle.manifest.weights_sha256:
+        return ()
+    if was.calibration_id == bundle.calibration_id:
+        return ()  # its files may be damaged, which this activation is to put right
+    try:
+        return cuts(load_installed(settings.node.data_dir, was), bundle, tenant)
+    except BundleError as error:
+        if not is_needed:
+            return ()
+        raise MovedThresholds(
+            f"{tenant.id}: {error}; so how far its thresholds move is not known. Nothing has "
+            "changed; --accept-moved-thresholds activates it all the same"
+        ) from None
+
+
+def _audited(moved: Sequence[Cut]) -> dict[str, str]:
+    return {"thresholds": in_words(moved)} if moved else {}
+
+
 def _baseline(settings: Settings, name: str) -> Installed | None:
     """A copy of what serves by configuration alone, so that there is a way back to it."""
     try:
@@ -193,7 +268,10 @@ def _baseline(settings: Settings, name: str) -> Installed | None:
 
 
 def _document(
-    version: Installed, changed: Mapping[str, bool], before: Mapping[str, Installed | None]
+    version: Installed,
+    changed: Mapping[str, bool],
+    before: Mapping[str, Installed | None],
+    moved: Mapping[str, Sequence[Cut]],
 ) -> dict[str, Any]:
     return {
         "bundle": version.bundle,
@@ -205,6 +283,7 @@ def _document(
                 "folder": version.folder,
                 "is_changed": is_changed,
                 "before": was.label if (was := before[tenant]) else None,
+                "thresholds": [cut.to_json() for cut in moved[tenant]],
             }
             for tenant, is_changed in changed.items()
         ],

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import sys
 import threading
@@ -35,6 +36,7 @@ from db.tables import (
 )
 from dicom_sr.deliver import Deliverer
 from inference.bundle import BundleError
+from inference.calibration import log_odds
 from inference.device import Device
 from inference.fleet import Fleet
 from inference.scheduler import Scheduler
@@ -586,13 +588,107 @@ def test_the_number_of_what_was_once_active_is_taken_for_good(stages, vigil, tmp
     assert "version_taken: head 1.1.0 is known already with other files" in answer.err
 
 
+ACCEPT = "--accept-moved-thresholds"
+
+
+def moved(tmp_path: Path, by: float = 1.5) -> Path:
+    """A calibration of the site's own: every raw score counts for `by` more than it did."""
+    site = tmp_path / f"site-{by:g}.toml"
+    text = (tmp_path / "head" / "calibration.toml").read_text()
+    text = text.replace("'temperature'", "'platt'")
+    site.write_text(text.replace("temperature = 1.5", f"slope = {1 / 1.5}\nintercept = {by / 1.5}"))
+    return site
+
+
+def test_a_calibration_that_moves_what_is_called_is_refused_unless_that_is_accepted(
+    stages, vigil, tmp_path
+):
+    arguments = ["activate", "head", "--calibration", moved(tmp_path), "--tenant", "north"]
+
+    refused = vigil(*arguments)
+    rows = count(stages, ActivationRow), count(stages, AuditRow)
+    accepted = vigil(*arguments, ACCEPT, "--json")
+
+    assert (refused.status, rows) == (1, (0, 0))
+    assert refused.err.startswith(
+        "thresholds_moved: north: head.any (serves) at 0.5: raw score +0.000 "
+    )
+    assert "set the tenant's thresholds = {" in refused.err
+    assert len(refused.err.splitlines()) == 1
+    told = {
+        f"{one['key']} ({one['name']})": one for one in accepted.json["tenants"][0]["thresholds"]
+    }
+    assert set(told) == {"head.any (serves)", "head.any (STAT at 0.8)", "head.left (serves)"}
+    serves, stat = told["head.any (serves)"], told["head.any (STAT at 0.8)"]
+    assert (serves["raw_score_before"], serves["raw_score_after"]) == (0.0, -1.5)
+    assert serves["way"] == "sensitivity rises, specificity falls"
+    assert stat["raw_score_before"] == pytest.approx(1.5 * log_odds(0.8), abs=1e-4)
+    assert stat["raw_score_after"] == pytest.approx(1.5 * log_odds(0.8) - 1.5, abs=1e-4)
+    with Session(stages.engine) as session:
+        (audited,) = session.scalars(select(AuditRow)).all()
+    assert serves["words"] in audited.detail["thresholds"]
+
+
+def test_the_threshold_that_a_refusal_names_keeps_what_is_called(stages, vigil, tmp_path):
+    edit(tmp_path / "head" / "manifest.toml", "at = 0.8\n", "")  # STAT, which no tenant can move
+    site = moved(tmp_path, 1.0)
+    refused = vigil("activate", "head", "--calibration", site, "--tenant", "south")
+    kept = re.findall(r'"head.(?:any|left)" = [0-9.]+', refused.err)
+    with (tmp_path / "vigil.toml").open("a") as file:
+        file.write(f"thresholds = {{ {', '.join(kept)} }}\n")  # of the last tenant, south
+
+    answer = vigil("activate", "head", "--calibration", site, "--tenant", "south")
+
+    assert (refused.status, len(kept), answer.status) == (1, 2, 0)
+    assert "head.any (serves) at 0.660756: raw score +0.000 before, -0.000 now" in answer.out
+    assert answer.out.count("decides as before") == 2
+
+
+def test_a_rollback_tells_what_it_moves(stages, vigil, tmp_path):
+    vigil("activate", "head", "--calibration", moved(tmp_path), "--tenant", "north", ACCEPT)
+
+    back = vigil("rollback", "head", "--tenant", "north")
+
+    assert back.status == 0
+    assert "head.any (serves) at 0.5: raw score -1.500 before, +0.000 now" in back.out
+    with Session(stages.engine) as session:
+        rows = session.scalars(select(AuditRow).order_by(AuditRow.id)).all()
+    assert "sensitivity falls" in rows[-1].detail["thresholds"]
+
+
+def test_where_what_serves_is_damaged_its_thresholds_are_not_taken_for_unmoved(
+    stages, vigil, tmp_path
+):
+    vigil("activate", "head", "--calibration", moved(tmp_path), "--tenant", "north", ACCEPT)
+    for folder in models_folder(stages.settings.node.data_dir).glob("head/*"):
+        edit(folder / "calibration.toml", "n_positive = 40", "n_positive = 41")
+
+    arguments = ["activate", "head", "--calibration", moved(tmp_path, 1.0), "--tenant", "north"]
+    refused, accepted = vigil(*arguments), vigil(*arguments, ACCEPT)
+
+    assert (refused.status, accepted.status) == (1, 0)
+    assert "how far its thresholds move is not known" in refused.err
+
+
+def test_other_weights_have_raw_scores_of_their_own_and_nothing_is_compared(
+    stages, vigil, tmp_path
+):
+    new = version_of(tmp_path / "head", "1.1.0", tmp_path / "new", seed=5)
+    edit(new / "calibration.toml", "temperature = 1.5", "temperature = 90.0")
+
+    answer = vigil("activate", new, "--json")
+
+    assert answer.status == 0
+    assert answer.json["tenants"][0]["thresholds"] == []
+
+
 def test_a_site_has_a_calibration_of_its_own(stages, vigil, tmp_path):
     site = tmp_path / "site.toml"
     text = (tmp_path / "head" / "calibration.toml").read_text()
     site.write_text(text.replace("temperature = 1.5", "temperature = 90.0"))
     analyse(stages, *study(1))
 
-    answer = vigil("activate", "head", "--calibration", site, "--tenant", "north")
+    answer = vigil("activate", "head", "--calibration", site, "--tenant", "north", ACCEPT)
     stages.fleet.refresh()
     analyse(stages, *study(2))
 

@@ -2,12 +2,20 @@
 
 import sys
 
+import numpy as np
 import pytest
 import structlog
+import timm
+from safetensors.torch import load, save_file
 
 from node import cli
 from tests.bundles.make import make_bundle
 from tests.cohorts import change, cohort_folder
+from weights.recipe import line_up
+from weights.recipe.backbone import Backbone
+from weights.recipe.bank import Pictures
+from weights.recipe.families import COMPARED, SHIPPING
+from weights.recipe.template import KINDS, draft
 
 
 @pytest.fixture
@@ -96,3 +104,118 @@ def test_evaluate_tells_weights_that_are_cut_off_and_a_wrong_manifest(
     assert "bundle_invalid: " in err
     manifest.unlink()
     assert_one_line(typed(*judge), 1, "bundle_invalid: ", "manifest.toml: cannot be read")
+
+
+def test_evaluate_does_not_judge_by_a_bundle_whose_reference_is_not_met(
+    folder, tmp_path_factory, typed
+):
+    model = make_bundle(tmp_path_factory.mktemp("b") / "head")
+    reference = model / "reference.safetensors"
+    whole = reference.read_bytes()
+
+    reference.write_bytes(whole[:-100])
+    cut = typed("evaluate", "--data", folder, "--model", model)
+    tensors = load(whole)
+    save_file({**tensors, "logits": tensors["logits"] + 0.05}, reference)
+    missed = typed("evaluate", "--data", folder, "--model", model)
+
+    assert_one_line(cut, 1, "bundle_invalid: ", "reference.safetensors: cannot be read")
+    assert_one_line(missed, 1, "reference_missed: ", "off the bundle's own reference")
+
+
+@pytest.mark.parametrize("window", ["nan/80", "40/inf", "40/nan", "40/80/1"])
+def test_a_window_that_is_no_number_is_wrong_usage(tmp_path, typed, window):
+    table = tmp_path / "labels.csv"
+
+    done = typed("evaluate", "--images", tmp_path, "--labels", table, "--window", window)
+
+    assert_one_line(done, 2, "--window", "neither auto nor CENTRE/WIDTH")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_wrong_usage(folder, tmp_path, typed, command, seed):
+    out = ("--out", tmp_path / "bundle") if command == "train" else ()
+
+    code, said, err = typed(command, "--data", folder, *out, "--seed", seed)
+
+    assert (code, said) == (2, "")
+    assert "--seed" in err
+    assert ("4294967295" in err) == (seed > 0)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("option", ["--report", "--scores"])
+def test_where_nothing_can_be_written_evaluate_says_so_before_it_judges(
+    folder, tmp_path, typed, option, monkeypatch
+):
+    monkeypatch.setattr("inference.model.load_model", lambda _: pytest.fail("too late"))
+    (tmp_path / "file").write_text("")
+    where = {"--report": tmp_path / "file", "--scores": tmp_path / "file" / "scores.csv"}
+
+    done = typed("evaluate", "--data", folder, option, where[option])
+
+    assert_one_line(done, 2, "file: nothing can be written there")
+
+
+def test_where_nothing_can_be_written_calibrate_says_so(tmp_path, typed):
+    (tmp_path / "file").write_text("")
+
+    done = typed("calibrate", "--scores", "none.csv", "--out", tmp_path / "file" / "y.toml")
+
+    assert_one_line(done, 2, "file: nothing can be written there")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_a_bundle_that_is_none_is_told_with_those_there_are(folder, tmp_path, typed, command):
+    rest = {
+        "evaluate": ("--data", folder),
+        "calibrate": ("--scores", "none.csv", "--out", tmp_path / "y.toml"),
+    }
+
+    done = typed(command, *rest[command], "--model", "nope")
+
+    assert_one_line(done, 2, "--model nope: neither a folder nor one of ich, ich-b4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--only", "nope"), "no family nope; there are: linear tf_efficientnet_lite0, "),
+        (("--only", "gru over slices tf_efficientnet_lite0"), "no bundle can hold gru over"),
+        (("--device", "cuda"), "--device cuda: no such GPU can be used here"),
+    ],
+)
+def test_train_tells_a_wrong_family_or_device_before_it_reads_a_picture(
+    folder, tmp_path, typed, monkeypatch, arguments, words
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("weights.recipe.checks.read_cohort", lambda _: pytest.fail("too late"))
+
+    done = typed("train", "--data", folder, "--out", tmp_path / "bundle", *arguments)
+
+    assert_one_line(done, 2, words)
+
+
+def test_the_families_told_are_those_of_the_line_up(tmp_path, monkeypatch):
+    """Networks untrained: names alone count."""
+
+    def untrained(architecture):
+        weights = timm.create_model(architecture, pretrained=False).state_dict()
+        return Backbone(architecture, weights, "")
+
+    monkeypatch.setattr(line_up, "stored_backbone", untrained)
+    monkeypatch.setattr(line_up, "grown_b4", lambda *_: untrained("efficientnet_b4"))
+    found = {}
+    for name, kind in KINDS.items():
+        nothing = np.empty((0, kind.size, kind.size), np.float32)
+        pictures = Pictures(nothing, (), (), draft(kind), tmp_path)
+        how = {"seed": 0, "samples": 1, "device": "cpu"}
+        made = (
+            line_up.line_up(pictures, **how)
+            if name == "ich"
+            else line_up.line_up_b4(pictures, pictures, **how)
+        )
+        found[name] = made.families()
+
+    assert found == {name: (SHIPPING[name], COMPARED[name]) for name in KINDS}

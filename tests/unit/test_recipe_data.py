@@ -18,6 +18,7 @@ from weights.recipe.data import (
     read_boxes,
     read_cohort,
 )
+from weights.recipe.judge import of_cohort
 from weights.recipe.pictures import BadPicture
 
 FOLDS = 4
@@ -230,3 +231,19 @@ def test_another_picture_under_the_same_name_is_another_cohort(tmp_path):
     Image.fromarray(np.full((72, 72), 7, np.uint8)).save(folder / "3-1.png")
 
     assert read_cohort(folder).digest() != before
+
+
+def test_sex_and_age_alone_are_scored_without_a_model(tmp_path):
+    """Worked by hand: patients 0, 2, ... bleed; every third is a woman; the older bleed."""
+    folder = cohort_folder(tmp_path)
+    for line in range(28):
+        change(folder / "manifest.csv", line, age_years=60 if line // 2 % 4 == 0 else 20)
+
+    made = of_cohort(read_cohort(folder), seed=0)
+
+    # Bleeding: 4 men, 3 women; not: 5 men, 2 women. (4 * 2 + (4 * 5 + 3 * 2) / 2) / 49
+    assert made["patient_auc_of_sex_alone"]["value"] == round(21 / 49, 4)
+    # Bleeding: 4 of 60 years, 3 of 20; not: 7 of 20. (4 * 7 + 3 * 7 / 2) / 49
+    assert made["patient_auc_of_age_alone"]["value"] == round(38.5 / 49, 4)
+    for figure in made.values():
+        assert figure["low"] < figure["value"] < figure["high"]

@@ -10,29 +10,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from pydicom import dcmread
 from scipy.special import expit
 from typer.testing import CliRunner
 
 from db.result import RawScore
 from inference.bundle import load_bundle
 from inference.calibration import calibrate
-from inference.model import load_model
+from inference.manifest import OperatingPoint
+from inference.model import load_model, logits
 from node.cli import app
 from tests.builders import ctich_study, real_size_study
 from tests.bundles.make import make_bundle
 from weights.recipe import cases
+from weights.recipe.cases import LeftOut
 from weights.recipe.data import read_cohort
-from weights.recipe.evaluate import Scores, evaluate, figures_of, score
+from weights.recipe.evaluate import NothingToJudge, Scores, evaluate, figures_of, score
 from weights.recipe.page import write_page
 from weights.recipe.phantoms import drawn_head
 from weights.recipe.pictures import (
     BadPicture,
     GreyWindow,
+    doubt_about,
     guess_window,
     parse_window,
     read_picture,
     without_writing,
 )
+from weights.recipe.scores import LEAST, read_scores
+from weights.recipe.series import NotJudged, read_series
 
 DATA = Path(os.environ.get("VIGIL_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 HALF = GreyWindow(40.0, 80.0)
@@ -123,6 +129,51 @@ def some_scores(n=60, seed=0):
         image_truth=(None,) * n,
         left_out=(),
     )
+
+
+def test_positives_that_were_left_out_count_as_missed(bundle):
+    """Worked by hand: 7 of 8 positives refused, the eighth called; a patient of two counts once."""
+    missed = tuple(LeftOut(f"m{i}", True, "orientation: sagittal") for i in range(7))
+    scores = replace(some_scores(1), probability=np.array([0.98]), truth=np.array([True]))
+    scores = replace(scores, left_out=(*missed, LeftOut("n", False, "no DICOM file in it")))
+
+    figures = figures_of(scores, bundle, seed=0)
+
+    assert (figures["n_left_out"], figures["left_out_positives"]) == (8, 7)
+    assert figures["left_out_reasons"] == {"orientation: sagittal": 7, "no DICOM file in it": 1}
+    assert (figures["sensitivity"], figures["sensitivity_of_all"]) == (1.0, 0.125)
+    # Clopper and Pearson for 1 of 8
+    assert figures["intervals"]["sensitivity_of_all"] == pytest.approx([0.0032, 0.5265], abs=1e-4)
+
+
+def test_patients_are_drawn_with_what_was_left_out_of_them():
+    scores = replace(
+        some_scores(3),
+        groups=("a", "a", "b"),
+        left_out=(LeftOut("x", True, "", "b"), LeftOut("y", True, ""), LeftOut("z", False, "")),
+    )
+
+    present, truth, patients = scores.with_missed(np.array([True, False, True]))
+
+    assert present.tolist() == [True, False, True, False, False]
+    assert truth.tolist() == [*scores.truth.tolist(), True, True]
+    assert [rows.tolist() for rows in patients] == [[0, 1], [2, 3], [4]]
+
+
+def test_each_operating_point_tells_the_sensitivity_of_all(bundle):
+    point = OperatingPoint(name="high", threshold=0.9, sensitivity=0.5, specificity=0.9)
+    labels = bundle.manifest.labels
+    manifest = replace(
+        bundle.manifest, labels=(replace(labels[0], operating_points=(point,)), *labels[1:])
+    )
+    scores = replace(some_scores(), left_out=(LeftOut("m", True, "late"),) * 20)
+
+    figures = figures_of(scores, replace(bundle, manifest=manifest), seed=0)
+
+    at = figures["operating_points"]["high"]
+    found = at["confusion"][0][0]
+    assert at["sensitivity_of_all"]["value"] == round(found / 40, 4)
+    assert at["sensitivity_of_all"]["low"] < at["sensitivity_of_all"]["value"]
 
 
 def test_calibration_and_predictive_values_are_among_the_figures(bundle):
@@ -263,6 +314,61 @@ def test_what_is_no_picture_is_left_out_by_name(pictures, bundle, model, tmp_pat
     assert "more than 8 bits" in next(x.reason for x in scores.left_out if x.name == "deep.png")
 
 
+def looks(kind):
+    grey = picture(drawn_head())
+    return {
+        "head": grey,
+        "on paper": np.pad(grey, 40, constant_values=255),
+        "inverted": 255 - grey,
+        "inverted, black rim": np.pad(255 - grey, 4),
+        "on grey": np.where(grey < 8, 128, grey).astype(np.uint8),
+        "blank": np.full((128, 128), 90, np.uint8),
+        "bone alone": np.where(grey > 250, grey, 0).astype(np.uint8),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("head", ""),
+        ("on paper", ""),
+        ("inverted", "a bright border: inverted"),
+        ("inverted, black rim", "mostly white: inverted"),
+        ("on grey", "a bright border"),
+        ("blank", "blank"),
+        ("bone alone", "hardly any grey such as brain has"),
+    ],
+)
+def test_what_is_no_head_on_black_is_doubted(kind, words):
+    found = doubt_about(looks(kind))
+
+    assert found.startswith(words)
+    assert bool(found) == bool(words)
+
+
+def test_doubtful_pictures_are_judged_as_before_and_counted(pictures, bundle, model, tmp_path):
+    names = ("head", "inverted", "blank")
+    for name in names:
+        Image.fromarray(looks(name)).save(tmp_path / f"{name}.png")
+    labels = table(
+        tmp_path / "l.csv", ("file", "label"), [(f"{n}.png", i % 2) for i, n in enumerate(names)]
+    )
+
+    source = cases.from_pictures(tmp_path, labels, bundle.manifest, HALF)
+    figures, scores = evaluate(source, bundle, model)
+
+    expected = [cases.picture_inputs(looks(name), bundle.manifest, HALF) for name in names]
+    np.testing.assert_allclose(
+        [z[0] for z in scores.image_logits],
+        [logits(model, one)[0, 0] for one in expected],
+        atol=1e-5,
+    )
+    notes = " | ".join(figures["notes"])
+    assert "judged all the same, 1 with blank: blank.png" in notes
+    assert "1 with a bright border: inverted, or not on black: inverted.png" in notes
+    assert "thresholds are those of whole studies" in notes
+
+
 def test_letters_beside_the_head_change_nothing(bundle):
     grey = picture(drawn_head())
     marked = Image.fromarray(grey)
@@ -369,6 +475,33 @@ def test_dicom_studies_are_judged_and_refusals_named(bundle, model, tmp_path):
     assert "allowed" in reasons["chest"]
 
 
+@pytest.mark.parametrize("kept", ["meta group", "nothing"])
+def test_a_data_set_without_a_file_header_is_read_as_the_node_reads_it_from_the_network(
+    bundle, tmp_path, kept
+):
+    write_study(real_size_study("plain", seed=1), tmp_path / "whole")
+    (tmp_path / "bare").mkdir()
+    for path in (tmp_path / "whole").iterdir():
+        meta = dcmread(path, stop_before_pixels=True).file_meta.FileMetaInformationGroupLength
+        start = 132 if kept == "meta group" else 132 + 12 + meta
+        (tmp_path / "bare" / path.name).write_bytes(path.read_bytes()[start:])
+    (tmp_path / "bare" / "notes.txt").write_text("no DICOM")
+
+    bare, whole = (read_series(tmp_path / name, bundle).inputs for name in ("bare", "whole"))
+
+    np.testing.assert_array_equal(bare, whole)
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"\x08\x00", b"\x02\x00\x10\x00UI", b"\x08\x00\x05\x00CS\xff"]
+)
+def test_what_only_begins_like_a_data_set_is_no_dicom(bundle, tmp_path, start):
+    (tmp_path / "one").write_bytes(start + bytes(range(200)))
+
+    with pytest.raises(NotJudged, match="no DICOM file in it"):
+        read_series(tmp_path / "one", bundle)
+
+
 @pytest.mark.parametrize("rest", [b"", b"\xff" * 300, b"\x02\x00\x00\x00UL\x04\x00" + bytes(4)])
 def test_a_damaged_dicom_file_leaves_its_study_out(bundle, tmp_path, rest):
     (tmp_path / "one").write_bytes(bytes(128) + b"DICM" + rest)
@@ -390,7 +523,7 @@ def test_pictures_and_the_dicom_made_of_them_get_the_same_logits(tmp_path):
     of_dicom = score(cases.from_studies(tmp_path, labels, served), served, network)
     source = cases.from_cohort(cohort, served.manifest)
     case = next(one for one in source.cases if one.name == str(patient))
-    of_pictures = score(cases.Source(1, iter([case]), "study"), served, network)
+    of_pictures = score(cases.Source(1, iter([case]), "study", "patient"), served, network)
 
     np.testing.assert_allclose(of_dicom.image_logits[0], of_pictures.image_logits[0], atol=1e-4)
     assert of_dicom.study_logit == pytest.approx(of_pictures.study_logit, abs=1e-4)
@@ -439,6 +572,73 @@ def test_the_command_prints_one_json_document(pictures, bundle, tmp_path):
     assert done.exit_code == 0
     assert json.loads(done.stdout)["n"] == 12
     assert (tmp_path / "evaluation.html").is_file()
+
+
+def test_text_and_page_say_how_many_positives_were_left_out(pictures, bundle, tmp_path):
+    (tmp_path / "0.png").write_bytes((pictures[0] / "0.png").read_bytes())
+    (tmp_path / "1.png").write_bytes((pictures[0] / "1.png").read_bytes())
+    rows = [("0.png", 1), ("1.png", 0)]
+    for number in range(7):
+        (tmp_path / f"bad{number}.png").write_text("no picture")
+        rows.append((f"bad{number}.png", 1))
+    labels = table(tmp_path / "l.csv", ("file", "label"), rows)
+
+    done = run("--images", tmp_path, "--labels", labels, "--model", bundle.folder,
+               "--report", tmp_path / "page")  # fmt: skip
+
+    words = " ".join(done.stdout.split())
+    assert "2 pictures of 2 patients, 1 positive; 7 left out, 7 of them positive" in words
+    assert "sensitivity_of_all" in words
+    assert "7 left out: no picture of a known kind" in words
+    page = (tmp_path / "page" / "evaluation.html").read_text()
+    assert "7 of 8 positives were left out" in page
+    assert "counted as missed" in page
+
+
+def test_nothing_judged_says_how_many_positives_there_were(bundle, model, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    labels = table(tmp_path / "l.csv", ("file", "label"), [("bad.png", 1)])
+
+    source = cases.from_pictures(tmp_path, labels, bundle.manifest, HALF)
+
+    with pytest.raises(NothingToJudge, match=r"none of 1 \(1 positive\) could be judged"):
+        evaluate(source, bundle, model)
+
+
+def lines_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_scores_of_an_evaluation_are_what_calibrate_takes(pictures, bundle, tmp_path):
+    rows = []
+    for number in range(2 * LEAST):  # the darker half is called negative
+        source = pictures[0] / f"{number % 12}.png"
+        name = f"{number}.png"
+        grey = np.asarray(Image.open(source).convert("L")).astype(float)
+        Image.fromarray((grey * (0.7 + 0.003 * number)).astype(np.uint8)).save(tmp_path / name)
+        rows.append([name, 0, f"p{number}"])
+    labels = table(tmp_path / "l.csv", ("file", "label", "patient"), rows)
+    model, first = bundle.folder, tmp_path / "first.csv"
+    options = ("--images", tmp_path, "--labels", labels, "--model", model, "--window", "40/80")
+    assert run(*options, "--scores", first).exit_code == 0
+    read = {line["file"]: float(line["score"]) for line in lines_of(first)}
+    ranked = sorted(read, key=read.get)
+    positives = {name for i, name in enumerate(ranked) if (i >= LEAST) != (i % 10 == 3)}
+    table(labels, ("file", "label", "patient"), [(n, int(n in positives), p) for n, _, p in rows])
+
+    done = run(*options, "--scores", tmp_path / "scores.csv", "--json")
+    made = CliRunner().invoke(app, ["calibrate", "--scores", str(tmp_path / "scores.csv"),
+                                    "--out", str(tmp_path / "own.toml"), "--model", str(model),
+                                    "--scale", "logit", "--json"])  # fmt: skip
+
+    assert (done.exit_code, made.exit_code) == (0, 0), made.stderr
+    figures, calibrated = json.loads(done.stdout), json.loads(made.stdout)
+    assert (calibrated["n"], calibrated["positives"]) == (figures["n"], figures["positives"])
+    lines = lines_of(tmp_path / "scores.csv")
+    assert list(lines[0]) == ["file", "patient", "label", "score", "probability"]
+    assert all(0 < float(line["probability"]) < 1 for line in lines)
+    assert read_scores(tmp_path / "scores.csv", "logit").logits.tolist() == list(read.values())
 
 
 @pytest.mark.parametrize(

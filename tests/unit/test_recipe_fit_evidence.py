@@ -15,6 +15,7 @@ from weights.recipe.augment import MIRRORED, PLAIN, View, views_with_bleeds
 from weights.recipe.backbone import Backbone
 from weights.recipe.bank import write
 from weights.recipe.bleeds import inside_skull, with_bleed
+from weights.recipe.candidates import sequence
 from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.candidates.sequence import Sequence
 from weights.recipe.data import LesionBox
@@ -22,6 +23,7 @@ from weights.recipe.examples import Examples
 from weights.recipe.figures import auc
 from weights.recipe.fitting import Batch, Schedule, evidence_loss, fit
 from weights.recipe.phantoms import drawn_head
+from weights.recipe.placing import arrays, device_of
 
 SPEC = EvidenceSpec(stages=(1, 2), grid=2, width=4, members=1, cells=2)
 SIDE = 6
@@ -30,6 +32,8 @@ NOTHING = Backbone("none", {}, "nowhere")
 
 class Drawn:
     """Stands in for a bank: maps of four channels, one of which is high where a lesion is."""
+
+    device = torch.device("cpu")
 
     def __init__(self, maps):
         self._maps = maps
@@ -178,6 +182,63 @@ def test_the_same_seed_fits_the_same_head(learnt):
     np.testing.assert_allclose(again.logits, made.logits, atol=1e-4)
 
 
+class Elsewhere(Drawn):
+    """On a device that computes nothing, and refuses to work with what lies on the CPU."""
+
+    device = torch.device("meta")
+
+
+class Seen(Exception):
+    """What was asked has been seen: there is nothing to compute with."""
+
+
+def test_a_fit_runs_on_the_device_of_its_bank(learnt, monkeypatch):
+    """Head, standard and batches: were one of them left behind, the head would raise."""
+    candidate, examples, rows, _ = learnt
+    there = replace(candidate, bank=Elsewhere(candidate.bank.features(PLAIN)), dropout=0.3)
+
+    def loss(evidence, batch, cells):
+        parts = (evidence, batch.inputs, batch.labels, batch.covered, batch.heard)
+        assert {str(part.device) for part in parts} == {"meta"}
+        assert evidence.requires_grad
+        raise Seen
+
+    monkeypatch.setattr("weights.recipe.candidates.evidence.evidence_loss", loss)
+
+    with pytest.raises(Seen):
+        there.fit(examples, rows, seed=0, given=())
+
+
+@pytest.mark.parametrize("kind", ["gru", "attention", "convolution"])
+def test_a_fit_over_slices_runs_on_the_device_of_its_bank(kind, monkeypatch):
+    examples, maps = drawn_examples()
+    bank = Elsewhere(maps.max(axis=(2, 3)).astype(np.float16))
+
+    def loss(network, features, labels):
+        padded, is_there = sequence._padded(features)
+        answers = network(padded, is_there)
+        parts = (*features, *labels, is_there, answers)
+        assert {str(part.device) for part in parts} == {"meta"}
+        raise Seen
+
+    monkeypatch.setattr(sequence, "_loss", loss)
+
+    with pytest.raises(Seen):
+        Sequence(bank, "none", kind).fit(examples, np.arange(len(maps)), seed=0, given=())
+
+
+def test_what_was_fitted_elsewhere_is_read_back_there(learnt):
+    candidate, _, _, made = learnt
+    there = replace(candidate, bank=Elsewhere(candidate.bank.features(PLAIN)))
+
+    head = there.head(made.weights)
+
+    assert {str(one.device) for one in head.parameters()} == {"meta"}
+    assert device_of(candidate.head(made.weights)) == torch.device("cpu")
+    for name, value in arrays(candidate.head(made.weights), "head.").items():
+        assert value.tobytes() == made.weights[name.removeprefix("head.")].tobytes()
+
+
 @pytest.mark.parametrize("kind", ["gru", "attention", "convolution"])
 def test_a_head_over_slices_learns_from_its_own_patients_alone(kind):
     examples, maps = drawn_examples()
@@ -308,6 +369,9 @@ def test_a_taught_head_follows_its_teacher_into_the_mirror(learnt):
     assert likeness(made) > likeness(alone) + 0.02
     assert student.needs == (teacher,)
     assert student.family != teacher.family
+    # What is kept goes by the name: another teacher, another student.
+    other = replace(teacher, bleeds=2, altered=2, teacher=replace(teacher, dropout=0.1))
+    assert other.name != replace(other, teacher=teacher).name
     assert "distillation" in student.words
     assert "distillation" not in teacher.words
 

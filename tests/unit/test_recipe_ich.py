@@ -18,7 +18,9 @@ from inference.predict import predict
 from inference.volume import volume_from_pictures
 from weights.recipe import template
 from weights.recipe.card import write_card
+from weights.recipe.card_words import interval
 from weights.recipe.data import LABELS, PICTURE_RANGE_HU, read_boxes, read_cohort
+from weights.recipe.judge import of_cohort
 from weights.recipe.series import series_logits
 from weights.recipe.template import KINDS
 
@@ -113,6 +115,34 @@ def test_the_card_is_what_the_recipe_writes_of_those_figures(bundle, tmp_path):
     write_card(tmp_path / "card.md", figures)
 
     assert (tmp_path / "card.md").read_text() == (folder / "MODEL_CARD.md").read_text()
+
+
+def test_a_card_copes_with_figures_from_before_sex_and_age_were_measured(bundle, tmp_path):
+    folder = bundle.weights.parent
+    figures = json.loads((folder / "report" / "figures.json").read_text())
+    for name in ("sex", "age"):
+        del figures["shortcuts"][f"patient_auc_of_{name}_alone"]
+    figures["subgroups"]["male"]["positive"] = 3
+
+    write_card(tmp_path / "card.md", figures)
+
+    old, new = (tmp_path / "card.md").read_text(), (folder / "MODEL_CARD.md").read_text()
+    assert "Sex alone" not in old
+    assert "Age alone" not in old
+    assert "Sex alone" in new
+    assert "Age alone" in new
+    assert "among men alone" not in old
+    assert f"among men alone {interval(figures['subgroups']['male']['patient_auc'])}" in new
+
+
+@needs_data
+def test_what_the_card_says_of_sex_and_age_is_measured_on_the_patients(bundle):
+    folder = bundle.weights.parent
+    figures = json.loads((folder / "report" / "figures.json").read_text())
+
+    made = of_cohort(read_cohort(DATA / "ct-ich"), seed=figures["seed"])
+
+    assert made == {name: figures["shortcuts"][name] for name in made}
 
 
 @needs_data

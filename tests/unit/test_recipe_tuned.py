@@ -1,5 +1,7 @@
 """A network whose last stages learn says the same when it is served as when it was judged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -23,6 +25,8 @@ SIZE, SLICES = 64, 24
 
 class Images:
     """Stands in for a bank: what a network makes of a few images, all views alike."""
+
+    device = torch.device("cpu")
 
     def __init__(self, images, backbone):
         network = feature_maps(backbone, SPEC)
@@ -107,3 +111,22 @@ def test_it_needs_the_frozen_fit_and_says_what_learnt(fitted):
     assert "tuned behind stage 3" in tuned.family
     assert "blocks behind stage 3" in tuned.words
     assert tuned.base.bank.features(PLAIN) is not None
+
+
+def test_it_is_fitted_on_the_device_of_its_bank(fitted, monkeypatch):
+    tuned, images, backbone, given, _ = fitted
+    bank = Images(images, backbone)
+    bank.device = torch.device("meta")  # computes nothing, and mixes with nothing on the CPU
+    there = replace(tuned, base=replace(tuned.base, bank=bank))
+    labels = np.zeros((SLICES, 2), np.bool_)
+    labels[::3] = True
+    examples = Examples(labels, tuple(np.split(np.arange(SLICES), 4)), np.arange(4), {})
+
+    def loss(evidence, batch, cells):
+        assert {str(part.device) for part in (evidence, batch.inputs, batch.labels)} == {"meta"}
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("weights.recipe.candidates.tuned.evidence_loss", loss)
+
+    with pytest.raises(RuntimeError, match=r"^seen$"):
+        there.fit(examples, np.arange(SLICES), seed=0, given=(given,))

@@ -122,6 +122,11 @@ class Bank:
         self._device = device
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs, and what is fitted to its features."""
+        return torch.device(self._device)
+
     def features(self, view: View, progress: Progress = silent) -> NDArray[np.float16]:
         """(slices, ...), half precision; made at the first call."""
         path = self._path(view)

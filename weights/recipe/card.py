@@ -6,7 +6,7 @@ from string import Template
 from typing import Any
 
 from weights.recipe.card_evidence import answers, drawn, external, pointing, shift
-from weights.recipe.card_short import drawn_bleeds, in_short
+from weights.recipe.card_short import FEW, drawn_bleeds, in_short
 from weights.recipe.card_words import interval, table
 
 _TEMPLATE = Path(__file__).with_name("MODEL_CARD.template.md")
@@ -54,7 +54,7 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
         "active": figures["active"],
         "subgroups": _subgroups(figures["subgroups"]),
         "subtypes": _subtypes(figures["subtypes"]),
-        "shortcuts": _shortcuts(figures["shortcuts"]),
+        "shortcuts": _shortcuts(figures["shortcuts"], figures["subgroups"]),
         "per_fold": _per_fold(figures),
         "refit": _refit(figures["final"]),
         "calibration": _calibration(figures["final"]),
@@ -191,14 +191,14 @@ def _sex(subgroups: Mapping[str, Any]) -> str:
 
 
 def _known(part: Mapping[str, Any], key: str) -> str:
-    """An interval that rests on fewer than five of either kind says nothing."""
+    """`FEW` of either kind, or it is not said."""
     negative = part["patients"] - part["positive"]
     needed = {
         "sensitivity": part["positive"],
         "specificity": negative,
         "patient_auc": min(part["positive"], negative),
     }[key]
-    return interval(part[key]) if needed >= 5 else f"not said (n = {needed})"
+    return interval(part[key]) if needed >= FEW else f"not said (n = {needed})"
 
 
 def _subtypes(subtypes: Mapping[str, Any]) -> str:
@@ -221,7 +221,7 @@ def _subtypes(subtypes: Mapping[str, Any]) -> str:
     )
 
 
-def _shortcuts(shortcuts: Mapping[str, Any]) -> str:
+def _shortcuts(shortcuts: Mapping[str, Any], subgroups: Mapping[str, Any]) -> str:
     bands = shortcuts["slice_auc_by_position_band"]
     inside = ", ".join(f"{name} {value:.2f}" for name, value in bands.items())
     return (
@@ -230,7 +230,24 @@ def _shortcuts(shortcuts: Mapping[str, Any]) -> str:
         f"{shortcuts['slice_auc_within_positive_patients']:.2f} on average.\n"
         f"- Fracture alone: patient AUC {shortcuts['patient_auc_of_fracture_alone']:.2f}. "
         "The model among patients without a fracture: "
-        f"{interval(shortcuts['patient_auc_without_fracture'])}."
+        f"{interval(shortcuts['patient_auc_without_fracture'])}." + _of_cohort(shortcuts, subgroups)
+    )
+
+
+def _of_cohort(shortcuts: Mapping[str, Any], subgroups: Mapping[str, Any]) -> str:
+    """Sex and age alone, and the model inside each; nothing where they were not measured."""
+    if "patient_auc_of_sex_alone" not in shortcuts:
+        return ""
+    inside = {name: _known(part, "patient_auc") for name, part in subgroups.items()}
+    age = shortcuts["patient_auc_of_age_alone"]
+    younger = " (under 0.5: here the younger bleed more often)" if age["value"] < 0.5 else ""
+    return (
+        "\n- Sex alone, men as the likelier to bleed: patient AUC "
+        f"{interval(shortcuts['patient_auc_of_sex_alone'])}. The model among men: "
+        f"{inside['male']}; among women: {inside['female']}.\n"
+        "- Age alone, the older as the likelier: patient AUC "
+        f"{interval(age)}{younger}. The model under 18: "
+        f"{inside['under 18']}; from 18 on: {inside['18 and over']}."
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from weights.recipe.card_words import interval
 from weights.recipe.operating import STAT_PREVALENCE, is_worth_stat, stat_ppv
 
 _FIRST = {
@@ -12,6 +13,8 @@ _FIRST = {
     )
 }
 _PREVALENCE = 0.05
+#: An interval that rests on fewer of either kind says nothing.
+FEW = 5
 
 
 def in_short(figures: Mapping[str, Any]) -> str:
@@ -23,6 +26,7 @@ def in_short(figures: Mapping[str, Any]) -> str:
         f"from **{data['patients']} patients of one hospital, {data['positive_patients']['any']} "
         "of whom bleed**; never tried against radiologists, prospectively, or on a second "
         "hospital's labelled scans.\n"
+        f"{_auc(figures)}"
         f"- {_flags(figures)}. {_stat(figures)}.\n"
         f"- {_elsewhere(figures['external'])}\n"
         f"- {drawn_bleeds(figures['drawn'])}. Drawings are no patients; still, it reads much of "
@@ -30,6 +34,20 @@ def in_short(figures: Mapping[str, Any]) -> str:
         f"- All percents here assume that {100 * at:.0f} % of patients bleed: {_shown(at)}. A site "
         "sets its own share, and is then shown others.\n"
         "- No flag is no finding: it does not say that a head is clear."
+    )
+
+
+def _auc(figures: Mapping[str, Any]) -> str:
+    """The headline, and what of it is left where sex cannot tell."""
+    whole = figures["shipped_family"]["headline"]["patient_auc"]
+    men = figures["subgroups"].get("male", {"patients": 0, "positive": 0})
+    if min(men["positive"], men["patients"] - men["positive"]) < FEW:
+        return f"- Patient AUC out of fold {interval(whole)}.\n"
+    return (
+        f"- Patient AUC out of fold {interval(whole)}; **among men alone "
+        f"{interval(men['patient_auc'])}**: {men['positive']} of the "
+        f"{figures['data']['positive_patients']['any']} who bleed are men, and a head may tell "
+        "its sex.\n"
     )
 
 

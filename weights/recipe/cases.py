@@ -19,6 +19,7 @@ from weights.recipe.data import PICTURE_RANGE_HU, Cohort
 from weights.recipe.pictures import (
     BadPicture,
     GreyWindow,
+    doubt_about,
     guess_window,
     read_picture,
     without_writing,
@@ -28,6 +29,12 @@ from weights.recipe.tables import read_table
 
 _TRUE = ("1", "1.0", "true", "yes", "positive")
 _FALSE = ("0", "0.0", "false", "no", "negative")
+
+#: Of pictures judged one by one.
+OF_STUDIES = (
+    "a picture counts as a study of one image; calibration and thresholds are those of whole "
+    "studies, so probabilities, sensitivity and specificity of single pictures are off, AUC is not"
+)
 
 
 class BadLabels(PermanentError):
@@ -51,6 +58,9 @@ class Case:
     inputs: NDArray[np.float32]  # (n, channels, size, size)
     image_truth: NDArray[np.bool_] | None = None  # (n,), where each image has a label
     group: str = ""  # cases of one patient share it; empty: a patient of its own
+    doubt: str = (
+        ""  # what speaks against its being what the bundle judges; it is judged all the same
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,7 @@ class LeftOut:
     name: str
     truth: bool
     reason: str
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,7 @@ class Source:
     n: int
     cases: Iterator[Case | LeftOut]
     unit: str  # study | picture
+    key: str  # what names a case, as the table's column: path | file | patient
     notes: tuple[str, ...] = ()  # what was assumed
 
 
@@ -96,7 +108,7 @@ def from_cohort(cohort: Cohort, manifest: Manifest) -> Source:
             inputs = seen_by_model(cohort, rows, manifest).inputs
             yield Case(str(patient), bool(truth.any()), inputs, truth)
 
-    return Source(len(cohort.patient_ids), cases(), "study")
+    return Source(len(cohort.patient_ids), cases(), "study", "patient")
 
 
 def from_pictures(
@@ -121,14 +133,22 @@ def from_pictures(
     def cases() -> Iterator[Case | LeftOut]:
         for line in lines:
             try:
-                inputs = picture_inputs(read_picture(folder / line.name), manifest, assumed)
+                grey = read_picture(folder / line.name)
             except BadPicture as error:
-                yield LeftOut(line.name, line.truth, error.reason)
+                yield LeftOut(line.name, line.truth, error.reason, line.group)
             else:
-                yield Case(line.name, line.truth, inputs, np.array([line.truth]), line.group)
+                yield Case(
+                    line.name,
+                    line.truth,
+                    picture_inputs(grey, manifest, assumed),
+                    np.array([line.truth]),
+                    line.group,
+                    doubt_about(grey),
+                )
 
     how = "as given" if window else "guessed from the pictures"
-    return Source(len(lines), cases(), "picture", (f"window {assumed} HU, {how}",))
+    notes = (f"window {assumed} HU, {how}", OF_STUDIES)
+    return Source(len(lines), cases(), "picture", "file", notes)
 
 
 def picture_inputs(
@@ -157,11 +177,11 @@ def from_studies(folder: Path, labels: Path, bundle: Bundle) -> Source:
                 inputs = read_series(folder / line.name, bundle).inputs
             except PermanentError as error:
                 reason = str(error) if isinstance(error, NotJudged) else f"{error.code}: {error}"
-                yield LeftOut(line.name, line.truth, reason)
+                yield LeftOut(line.name, line.truth, reason, line.group)
             else:
                 yield Case(line.name, line.truth, inputs, None, line.group)
 
-    return Source(len(lines), cases(), "study")
+    return Source(len(lines), cases(), "study", "path")
 
 
 def read_labels(path: Path, column: str) -> list[_Line]:

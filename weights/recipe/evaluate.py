@@ -1,7 +1,10 @@
 """A bundle as it stands on disk, judged on labelled studies or pictures."""
 
-from collections.abc import Callable, Sequence
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from inference.model import logits
 from inference.predict import in_context, study_scores
 from weights.recipe.cases import Case, LeftOut, Source
 from weights.recipe.figures import auc, calibration_figures, known, with_interval
-from weights.recipe.operating import PREVALENCES, operating_point
+from weights.recipe.operating import PREVALENCES, operating_point, sensitivity
 from weights.recipe.progress import Progress, silent
 
 Floats = NDArray[np.float64]
@@ -31,6 +34,10 @@ _CALIBRATION = (
     "calibration_in_the_large",
     "ece",
 )
+_SHARES = ("sensitivity", "sensitivity_of_all", "specificity")
+
+#: Names in a note.
+_NAMED = 3
 
 #: Kept for a report: so many of each kind, the clearest first.
 _SAMPLES = 3
@@ -64,14 +71,31 @@ class Scores:
     image_logits: tuple[Floats, ...]  # (images,) of the primary label
     image_truth: tuple[Bools | None, ...]
     left_out: tuple[LeftOut, ...]
+    doubts: tuple[tuple[str, str], ...] = ()  # name, and what speaks against a case that was judged
     samples: dict[str, list[Sample]] = field(default_factory=dict)  # by kind of answer
 
     def patients(self) -> list[Rows]:
         """The places of each patient's cases."""
-        places: dict[str, list[int]] = {}
-        for place, (group, name) in enumerate(zip(self.groups, self.names, strict=True)):
-            places.setdefault(f"patient {group}" if group else f"alone {name}", []).append(place)
-        return [np.array(some) for some in places.values()]
+        return _by_patient(self.groups, self.names)
+
+    def with_missed(self, present: Bools) -> tuple[Bools, Bools, list[Rows]]:
+        """Calls, truth and patients with positives that were left out, each as one not called."""
+        missed = [one for one in self.left_out if one.truth]
+        return (
+            np.concatenate([present, np.zeros(len(missed), np.bool_)]),
+            np.concatenate([self.truth, np.ones(len(missed), np.bool_)]),
+            _by_patient(
+                (*self.groups, *(one.group for one in missed)),
+                (*self.names, *(one.name for one in missed)),
+            ),
+        )
+
+
+def _by_patient(groups: Sequence[str], names: Sequence[str]) -> list[Rows]:
+    places: dict[str, list[int]] = {}
+    for place, (group, name) in enumerate(zip(groups, names, strict=True)):
+        places.setdefault(f"patient {group}" if group else f"alone {name}", []).append(place)
+    return [np.array(some) for some in places.values()]
 
 
 def score(source: Source, bundle: Bundle, model: nn.Module, progress: Progress = silent) -> Scores:
@@ -98,6 +122,7 @@ class _Scorer:
         self._primary = bundle.manifest.labels[0]
         self._done: list[tuple[str, str, bool, float, float, Floats, Bools | None]] = []
         self._left_out: list[LeftOut] = []
+        self._doubts: list[tuple[str, str]] = []
         self._samples: dict[str, list[Sample]] = {}
 
     def take(self, case: Case | LeftOut) -> None:
@@ -111,12 +136,17 @@ class _Scorer:
         z, p = by_image[:, 0].astype(np.float64), chances[self._primary.id].reference
         study = raws[0].logit
         self._done.append((case.name, case.group, case.truth, study, p, z, case.image_truth))
+        if case.doubt:
+            self._doubts.append((case.name, case.doubt))
         self._keep(case, p, z)
 
     def scores(self, n: int) -> Scores:
         if not self._done:
             reason = self._left_out[0].reason if self._left_out else "the table is empty"
-            raise NothingToJudge(f"none of {n} could be judged; the first: {reason}")
+            positives = sum(one.truth for one in self._left_out)
+            raise NothingToJudge(
+                f"none of {n} ({positives} positive) could be judged; the first: {reason}"
+            )
         names, groups, truth, study, p, z, image_truth = zip(*self._done, strict=True)
         return Scores(
             names=names,
@@ -127,6 +157,7 @@ class _Scorer:
             image_logits=z,
             image_truth=image_truth,
             left_out=tuple(self._left_out),
+            doubts=tuple(self._doubts),
             samples=self._samples,
         )
 
@@ -156,13 +187,43 @@ def evaluate(
     scores = score(source, bundle, model, progress)
     return figures_of(scores, bundle, seed=seed) | {
         "unit": source.unit,
-        "notes": list(source.notes),
+        "notes": [*source.notes, *_counted(scores.doubts)],
     }, scores
+
+
+def write_scores(path: Path, scores: Scores, key: str) -> None:
+    """A CSV of every case that was judged, as `vigil calibrate --scores` takes it.
+
+    Columns: `key` (path, file or patient: the case's name), patient where the table has it, label,
+    score (logit of the study), probability (calibrated, at the reference prevalence).
+
+    Raises
+    ------
+    OSError
+    """
+    has_patients = key != "patient" and any(scores.groups)
+    head = (key, *(["patient"] if has_patients else []), "label", "score", "probability")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        for i, name in enumerate(scores.names):
+            patient = [scores.groups[i]] if has_patients else []
+            numbers = (float(scores.study_logit[i]), float(scores.probability[i]))
+            writer.writerow([name, *patient, int(scores.truth[i]), *numbers])
+
+
+def _counted(doubts: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """One note a kind of doubt, with its number and the first few names."""
+    for what in dict.fromkeys(what for _, what in doubts):
+        names = [name for name, other in doubts if other == what]
+        more = " and others" if len(names) > _NAMED else ""
+        yield f"judged all the same, {len(names)} with {what}: {', '.join(names[:_NAMED])}{more}"
 
 
 def figures_of(scores: Scores, bundle: Bundle, *, seed: int) -> dict[str, Any]:
     """Numbers at the top, their intervals under `intervals` by the same names.
 
+    `sensitivity_of_all` counts positives that were left out as missed.
     What belongs to one threshold (sensitivity, specificity, confusion, PPV and NPV by prevalence)
     stands at the top for the one that serves, and under `operating_points` for each.
     """
@@ -182,6 +243,8 @@ def figures_of(scores: Scores, bundle: Bundle, *, seed: int) -> dict[str, Any]:
         "n_patients": len(found.patients),
         "n_images": sum(len(z) for z in scores.image_logits),
         "n_left_out": len(scores.left_out),
+        "left_out_positives": sum(one.truth for one in scores.left_out),
+        "left_out_reasons": dict(Counter(one.reason for one in scores.left_out)),
         "threshold": primary.threshold,
         "reference_prevalence": primary.reference_prevalence,
         **found.values(primary.threshold),
@@ -191,7 +254,9 @@ def figures_of(scores: Scores, bundle: Bundle, *, seed: int) -> dict[str, Any]:
         for point in primary.operating_points
     }
     made["intervals"] = found.intervals
-    made["left_out"] = [{"name": one.name, "reason": one.reason} for one in scores.left_out]
+    made["left_out"] = [
+        {"name": one.name, "positive": one.truth, "reason": one.reason} for one in scores.left_out
+    ]
     return known(made)
 
 
@@ -215,20 +280,23 @@ class _Figures:
             ),
         }
         at = self.at(threshold)
-        made |= {name: self._take(name, at.pop(name)) for name in ("sensitivity", "specificity")}
+        made |= {name: self._take(name, at.pop(name)) for name in _SHARES}
         calibration = calibration_figures(p, y, self.patients, seed=self._seed)
         made |= {name: self._take(name, calibration.pop(name)) for name in _CALIBRATION}
         return made | calibration | at | self._by_image()
 
     def at(self, threshold: float) -> dict[str, Any]:
         """One threshold's shares with their intervals, confusion and predictive values."""
-        return operating_point(
-            self._scores.probability >= threshold,
+        present = self._scores.probability >= threshold
+        made = operating_point(
+            present,
             self._scores.truth,
             self.patients,
             prevalences=(*PREVALENCES, self._reference),
             seed=self._seed,
         )
+        of_all = sensitivity(*self._scores.with_missed(present), seed=self._seed)
+        return {**made, "sensitivity_of_all": of_all}
 
     def _by_image(self) -> dict[str, float]:
         """The slices' AUC, where studies come with labels for each."""

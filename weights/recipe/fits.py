@@ -16,7 +16,10 @@ from weights.recipe.sources import INFERENCE, RECIPE, code_digest
 
 _MADE_BY = (
     *(RECIPE / "candidates").glob("*.py"),
-    *(RECIPE / f"{name}.py" for name in ("fitting", "standard", "examples", "folds", "bleeds")),
+    *(
+        RECIPE / f"{name}.py"
+        for name in ("fitting", "standard", "placing", "examples", "folds", "bleeds")
+    ),
     INFERENCE / "evidence.py",
 )
 

@@ -20,6 +20,7 @@ from inference.evidence import strongest
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+_CPU = torch.device("cpu")
 _POSITIVE_SHARE = 1 / 3  # of a batch: one slice in eight is positive
 _OTHER_LABELS = 0.2  # the weight of each label but the first
 _OUTSIDE, _INSIDE = 2.0, 0.5  # the weights of what boxes say, beside the slices' labels
@@ -45,12 +46,17 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Some slices on the device."""
+    """Some slices."""
 
     inputs: Tensor  # (n, ...), whatever the network takes
     labels: Tensor  # (n, labels), 0 or 1; NaN where it is not known
     covered: Tensor  # (n, rows, cols), 0..1: how much of each cell lies in a box
     heard: Tensor | None = None  # the same, 0..1: what a teacher says; NaN where it says nothing
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same there."""
+        heard = None if self.heard is None else self.heard.to(device)
+        return Batch(self.inputs.to(device), self.labels.to(device), self.covered.to(device), heard)
 
 
 #: Draws a batch of these slices.
@@ -66,10 +72,12 @@ def fit(
     schedule: Schedule,
     *,
     seed: int,
+    device: torch.device = _CPU,
     slow: Iterable[nn.Parameter] = (),
 ) -> float:
     """Fit in place; the mean loss of the last tenth.
 
+    device : where the parameters are; batches are drawn on the CPU and go there
     truth : (slices,), the first label; among : the slices that may be drawn
     slow : parameters that knew something before, and learn at a tenth of the rate
 
@@ -92,7 +100,7 @@ def fit(
             rng.choice(positive, n_positive),
             rng.choice(negative, schedule.batch - n_positive),
         )
-        batch = draw(np.concatenate(chosen), rng)
+        batch = draw(np.concatenate(chosen), rng).to(device)
         loss = loss_of(batch)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it

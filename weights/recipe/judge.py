@@ -95,7 +95,10 @@ class Judge:
         return made
 
     def shortcuts(self) -> dict[str, Any]:
-        """What slice position and fracture explain by themselves, and what is left without them."""
+        """What position, fracture, sex and age explain by themselves, and what is left inside.
+
+        What is left inside each sex and age is among the subgroups.
+        """
         slices, truth = self._found.logits[:, 0], self._cohort.labels[:, 0]
         position = np.concatenate([np.linspace(0, 1, len(rows)) for rows in self._groups])
         bands = np.minimum((position * _POSITION_BANDS).astype(int), _POSITION_BANDS - 1)
@@ -117,6 +120,7 @@ class Judge:
             "patient_auc_without_fracture": self._patient(
                 lambda rows: auc(p[rows], self.truth[rows]), among=without
             ),
+            **of_cohort(self._cohort, seed=self._seed),
         }
 
     def _position_auc(self, bands: Rows) -> float:
@@ -153,6 +157,24 @@ class Judge:
     def _each(self, among: Rows | None = None) -> list[Rows]:
         places = range(len(self._groups)) if among is None else among
         return [np.array([place]) for place in places]
+
+
+def of_cohort(cohort: Cohort, *, seed: int) -> dict[str, Figure]:
+    """What sex and age tell by themselves, without any model: patient AUCs.
+
+    Older patients, and men, count as the likelier to bleed; under 0.5 it is the other way round.
+    """
+    first = np.array([rows[0] for _, rows in cohort.by_patient()])
+    truth = cohort.per_patient(cohort.labels)[:, 0]
+    groups = [np.array([place]) for place in range(len(first))]
+
+    def alone(score: Floats) -> Figure:
+        return with_interval(lambda rows: auc(score[rows], truth[rows]), groups, seed=seed)
+
+    return {
+        "patient_auc_of_sex_alone": alone((~cohort.is_female[first]).astype(np.float64)),
+        "patient_auc_of_age_alone": alone(cohort.age_years[first]),
+    }
 
 
 def _exact(flags: Bools) -> Figure:

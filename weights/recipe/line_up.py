@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from db.errors import PermanentError
 from inference.manifest import EvidenceSpec
 from weights.recipe.backbone import Backbone, stored_backbone
 from weights.recipe.bank import Bank, Pictures
@@ -13,6 +12,7 @@ from weights.recipe.candidates.evidence import Evidence
 from weights.recipe.candidates.linear import Balance, Linear
 from weights.recipe.candidates.sequence import Kind, Sequence
 from weights.recipe.candidates.tuned import Tuned
+from weights.recipe.families import check_families
 from weights.recipe.fitting import Schedule
 from weights.recipe.grown import grown_b4
 from weights.recipe.network import Pooled, feature_maps
@@ -23,12 +23,6 @@ EVIDENCE = EvidenceSpec(stages=(2, 3, 4), grid=3, width=64, members=1, cells=8)
 _CS = (3e-4, 1e-3, 3e-3)
 _BALANCES: tuple[Balance, ...] = ("none", "balanced")
 _ALTERED, _BLEEDS = 2, 2
-
-
-class NoSuchFamily(PermanentError):
-    """A family of candidates that the recipe does not have."""
-
-    code = "no_such_family"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +42,19 @@ class LineUp:
         """
         if not families:
             return self
-        known = list(dict.fromkeys(one.family for one in (*self.shipping, *self.compared)))
-        if strange := sorted(set(families) - set(known)):
-            raise NoSuchFamily(f"no family {', '.join(strange)}; there are: {', '.join(known)}")
-        shipping = tuple(one for one in self.shipping if one.family in families)
-        if not shipping:
-            raise NoSuchFamily(f"no bundle can hold {', '.join(families)} alone")
-        return LineUp(shipping, tuple(one for one in self.compared if one.family in families))
+        check_families(families, *self.families())
+        return LineUp(
+            tuple(one for one in self.shipping if one.family in families),
+            tuple(one for one in self.compared if one.family in families),
+        )
+
+    def families(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """By name, each once: those that may ship, and those only compared."""
+        shipping, compared = (
+            tuple(dict.fromkeys(one.family for one in some))
+            for some in (self.shipping, self.compared)
+        )
+        return shipping, compared
 
 
 def line_up(pictures: Pictures, *, seed: int, samples: int, device: str) -> LineUp:

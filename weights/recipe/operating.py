@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from weights.recipe.figures import predictive_values, share, with_intervals
+from weights.recipe.figures import predictive_values, share, with_interval, with_intervals
 
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
+Interval = dict[str, float]
 
 #: Shares of positive studies at which predictive values are told; a hospital's lies among them.
 PREVALENCES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.10, 0.20)
@@ -42,6 +43,14 @@ def exact_interval(flags: Bools) -> dict[str, float]:
         return {"low": float("nan"), "high": float("nan")}
     found = binomtest(int(flags.sum()), len(flags)).proportion_ci(0.95, "exact")
     return {"low": round(float(found.low), 4), "high": round(float(found.high), 4)}
+
+
+def sensitivity(present: Bools, truth: Bools, groups: Sequence[Rows], *, seed: int) -> Interval:
+    """{value, low, high}; exact where each patient is one study, else over patients."""
+    found = with_interval(lambda rows: share(present[rows][truth[rows]]), groups, seed=seed)
+    if len(groups) == len(truth):
+        found |= exact_interval(present[truth])
+    return found
 
 
 def operating_point(

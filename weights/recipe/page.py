@@ -27,6 +27,7 @@ _SHOWN = (
     ("auc", "AUC"),
     ("average_precision", "Average precision"),
     ("sensitivity", "Sensitivity"),
+    ("sensitivity_of_all", "Sensitivity, positives left out counted as missed"),
     ("specificity", "Specificity"),
     ("slice_auc", "Slice AUC"),
     ("brier", "Brier score"),
@@ -75,7 +76,7 @@ def _serving(figures: Mapping[str, Any]) -> Mapping[str, Any]:
         name: dict(
             zip(("value", "low", "high"), (figures[name], *figures["intervals"][name]), strict=True)
         )
-        for name in ("sensitivity", "specificity")
+        for name in ("sensitivity", "sensitivity_of_all", "specificity")
     }
     alike = ("threshold", "confusion", "predictive_values")
     return {**{name: figures[name] for name in alike}, **shares}

@@ -3,6 +3,7 @@
 For evaluation only. The node itself reads DICOM, where the window is no guess.
 """
 
+import math
 import struct
 import zlib
 from collections.abc import Iterable
@@ -42,6 +43,14 @@ _FRINGE = 3  # pixels
 #: peak is at half its height. Medians over pictures; measured on every sixth of them.
 _PEAK_HU = 39.3
 _PEAK_WIDTH_HU = 16.1
+
+# Of what cannot well be a head CT on black.
+_BLANK, _BLANK_PERCENT = 10, 0.5  # grey, between so many percent at either end
+_BRIGHT = 64  # grey; the border's median
+# So much of a picture is white, paper apart: 0.04 to 0.26 in training pictures shown in windows
+# 40/120 to 40/40; inverted 0 to 0.09, and with a black rim round them over 0.38.
+_SKULL = (0.03, 0.35)
+_BRAIN, _BRAIN_SHARE = (40, 220), 0.02  # grey; of the picture
 
 # What Pillow's decoders raise on files that are cut off or damaged, each in its own way.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -203,6 +212,27 @@ def _off_paper(grey: Grey) -> Grey:
     return np.where(paper, 0, grey).astype(np.uint8)
 
 
+def doubt_about(grey: Grey) -> str:
+    """What speaks against a head CT on black, by its greys alone; empty if nothing."""
+    low, high = np.percentile(grey, (_BLANK_PERCENT, 100 - _BLANK_PERCENT))
+    if high - low < _BLANK:
+        return "blank"
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    rest = _off_paper(grey)
+    border, white = np.median(edge), (rest >= _WHITE_FROM).mean()
+    # On white paper a skull is left; an inverted one is black, and its air white.
+    if border >= _BRIGHT and (border < _WHITE_FROM or white < _SKULL[0]):
+        return "a bright border: inverted, or not on black"
+    if white > _SKULL[1]:
+        return "mostly white: inverted, or no brain window"
+    head = body_mask(rest.astype(np.float32), _HEAD_ABOVE)
+    values = rest[head]
+    is_brain = (values >= _BRAIN[0]) & (values <= _BRAIN[1])
+    if is_brain.sum() < _BRAIN_SHARE * grey.size:
+        return "hardly any grey such as brain has"
+    return ""
+
+
 def guess_window(pictures: Iterable[Grey]) -> GreyWindow:
     """The window that a set of pictures was most likely exported with.
 
@@ -246,7 +276,7 @@ def parse_window(text: str) -> GreyWindow | None:
     """
     if text == "auto":
         return None
-    centre, slash, width = text.partition("/")
-    if not slash or float(width) <= 0:
+    numbers = [float(part) for part in text.split("/")]
+    if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[1] <= 0:
         raise ValueError(f"{text!r} is neither auto nor CENTRE/WIDTH")
-    return GreyWindow(float(centre), float(width))
+    return GreyWindow(*numbers)

@@ -1,6 +1,8 @@
 """DICOM studies from disk through the served path: eligibility, volume, input, logits."""
 
 import struct
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
@@ -8,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_file_meta_info
+from pydicom.filereader import dcmread, read_file_meta_info
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from torch import nn
 
 from db.describe import describe
@@ -26,6 +29,8 @@ from inference.volume import Decoded, Volume, build_volume
 
 # Preamble, prefix, and the element that holds the meta group's length (PS3.10 7.1).
 _META_LENGTH_END = 128 + 4 + 12
+# Of a data set without a file header, in little endian: 0002 where only the preamble is missing.
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 
 
 class NotJudged(PermanentError):
@@ -61,7 +66,11 @@ def read_series(path: Path, bundle: Bundle) -> Prepared:
 def read_volume(path: Path, manifest: Manifest) -> Volume:
     """What the header rules choose of a study, before the pixel rules; raises as `read_series`."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    paths = {str(number): file for number, file in enumerate(files) if _is_dicom(file)}
+    with TemporaryDirectory() as folder:
+        return _volume(_dicom_files(files, Path(folder)), manifest)
+
+
+def _volume(paths: Mapping[str, Path], manifest: Manifest) -> Volume:
     if not paths:
         raise NotJudged("no DICOM file in it")
     headers = {name: _header(file) for name, file in paths.items()}
@@ -77,12 +86,46 @@ def read_volume(path: Path, manifest: Manifest) -> Volume:
     return build_volume(images, manifest)
 
 
-def _is_dicom(path: Path) -> bool:
-    """With a preamble and no DICOMDIR, which names files and is none."""
-    if path.name.upper() == "DICOMDIR":
-        return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+def _dicom_files(files: Sequence[Path], folder: Path) -> dict[str, Path]:
+    """Those that are DICOM, by number; copies with a header in `folder` of those without.
+
+    A DICOMDIR names files and is none. A bare data set is what a node is sent (PS3.10 7.1 is for
+    files alone), so the served path would judge it, too.
+    """
+    paths: dict[str, Path] = {}
+    for number, file in enumerate(files):
+        if file.name.upper() == "DICOMDIR":
+            continue
+        with file.open("rb") as opened:
+            head = opened.read(132)
+        if head[128:] == b"DICM":
+            paths[str(number)] = file
+        elif head.startswith(_FIRST_GROUPS) and (whole := _with_header(file, folder, number)):
+            paths[str(number)] = whole
+    return paths
+
+
+def _with_header(path: Path, folder: Path, number: int) -> Path | None:
+    """A copy with preamble and meta group; None of what has no SOP Class UID.
+
+    Without a transfer syntax, pydicom tells implicit from explicit value representations by the
+    first element.
+    """
+    whole = folder / f"{number}.dcm"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's hold values, which may be a patient's
+            dataset = dcmread(path, force=True)
+            if not dataset.get("SOPClassUID"):
+                return None
+            if "TransferSyntaxUID" not in dataset.file_meta:
+                is_implicit, _ = dataset.original_encoding
+                syntax = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+                dataset.file_meta.TransferSyntaxUID = syntax
+            dataset.save_as(whole, enforce_file_format=True)
+    except (AttributeError, EOFError, KeyError, NotImplementedError, ValueError, struct.error):
+        return None  # no data set after all
+    return whole
 
 
 def _header(path: Path) -> InstanceHeader:

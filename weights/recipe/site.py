@@ -11,15 +11,11 @@ from numpy.typing import NDArray
 
 from inference.bundle import Bundle, load_bundle
 from inference.calibration import LabelCalibration
+from inference.cut import raw_cut, threshold_at
 from weights.recipe import bundle_files, calibrate
 from weights.recipe.figures import calibration_figures, known
 from weights.recipe.operating import operating_point
 from weights.recipe.scores import SAMPLING, SiteScores
-
-Floats = NDArray[np.float64]
-
-_FARTHEST, _CLOSE = (-50.0, 50.0), 1e-6  # raw scores
-_SAME = 0.01  # raw scores between which no decision is likely to fall
 
 
 def recalibrate(
@@ -152,26 +148,14 @@ class _Comparison:
 
     def at(self, threshold: float) -> dict[str, Any]:
         """What a threshold asks of the raw score, and how it fares; `keeps` decides as before."""
-        before = least_logit(self._old, threshold, self._reference)
-        after = least_logit(self._new, threshold, self._reference)
+        before = raw_cut(self._old, threshold, self._reference)
+        after = raw_cut(self._new, threshold, self._reference)
         return {
             "value": threshold,
-            "keeps": self._keeps(before),
+            "keeps": threshold_at(self._new, before, self._reference),
             "before": self._decisions(before),
             "after": self._decisions(after),
         }
-
-    def _keeps(self, logit: float) -> float | None:
-        """The new map's threshold for an old cut; None where a clip or a flat part is in the way.
-
-        Rounded down at the sixth digit, so that the cut itself stays on its side.
-        """
-        if not math.isfinite(logit):
-            return None
-        made = calibrate.apply(self._new, np.array([logit]), reference=self._reference)
-        value = math.floor(float(made[0]) * 1e6) / 1e6
-        is_same = abs(least_logit(self._new, value, self._reference) - logit) < _SAME
-        return value if is_same else None
 
     def _decisions(self, least: float) -> dict[str, Any]:
         made = known(
@@ -186,23 +170,3 @@ class _Comparison:
         (worth,) = made.pop("predictive_values")
         raw_score = round(least, 4) if math.isfinite(least) else None  # JSON has no infinity
         return {"raw_score": raw_score, **made, "ppv": worth["ppv"], "npv": worth["npv"]}
-
-
-def least_logit(calibration: LabelCalibration, threshold: float, reference: float) -> float:
-    """The lowest raw score that the map calls present; infinite if none. The map never falls.
-
-    threshold : on the scale of `reference`, the label's reference prevalence
-    """
-
-    def is_present(logit: float) -> bool:
-        return bool(
-            calibrate.apply(calibration, np.array([logit]), reference=reference) >= threshold
-        )
-
-    low, high = _FARTHEST
-    if is_present(low) or not is_present(high):
-        return -math.inf if is_present(low) else math.inf
-    while high - low > _CLOSE:
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_present(middle) else (middle, high)
-    return high

@@ -22,6 +22,10 @@ class Standard:
         """maps : (n, channels, rows, cols); some hundred slices are enough"""
         return cls(maps.mean(dim=(0, 2, 3)), maps.std(dim=(0, 2, 3)) + _LEAST)
 
+    def to(self, device: torch.device) -> "Standard":
+        """The same there."""
+        return Standard(self._mean.to(device), self._scale.to(device))
+
     def __call__(self, maps: Tensor) -> Tensor:
         return (maps - self._mean[:, None, None]) / self._scale[:, None, None]
 

@@ -33,6 +33,7 @@ from weights.recipe.fitting import (
     to_own_share,
 )
 from weights.recipe.network import with_evidence
+from weights.recipe.placing import arrays, in_batches
 from weights.recipe.progress import Progress
 
 _BLEEDS_WORDS = (
@@ -44,7 +45,6 @@ _TAUGHT_WORDS = (
     " Beside these it learnt, cell by cell, what a head on `{}` says of the same slices, fitted "
     "to the same patients (distillation; in every fold neither has seen whom it is judged by)."
 )
-_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +75,7 @@ class Evidence:
             + (f" g={self.grey}" if self.grey else "")
             + (f" b={self.bleeds}" if self.bleeds else "")
             + (f" c={self.copied}" if self.copied else "")
+            + (f" from ({self.teacher.name})" if self.teacher else "")
         )
 
     @property
@@ -99,10 +100,11 @@ class Evidence:
         torch.manual_seed(seed)
         heard = self.teacher.says(given[0].weights) if self.teacher else None
         shelves = self.shelves(examples, rows, heard)
-        standard = shelves.standard(seed)
-        n_labels = examples.labels.shape[1]
+        device, n_labels = self.bank.device, examples.labels.shape[1]
+        standard = shelves.standard(seed).to(device)
+        # Drawn on the CPU: the same beginning everywhere.
         head = EvidenceHead(shelves.channels, n_labels, self.spec, dropout=self.dropout)
-        head.train()
+        head.train().to(device)
         loss = fit(
             lambda b: evidence_loss(head.evidence(standard(b.inputs)), b, self.spec.cells),
             head.parameters(),
@@ -111,12 +113,14 @@ class Evidence:
             rows,
             self.schedule,
             seed=seed,
+            device=device,
         )
         standard.fold_into(head)
         # Back from the share that was drawn to the share there is, as balanced linear heads go.
         shift(head, to_own_share(examples.labels[rows, 0]))
-        weights = {name: value.numpy().copy() for name, value in head.state_dict().items()}
-        return Fit(weights, head_logits(head.eval(), self.bank.features(PLAIN)), {"loss": loss})
+        return Fit(
+            arrays(head), head_logits(head.eval(), self.bank.features(PLAIN)), {"loss": loss}
+        )
 
     @property
     def pretrained(self) -> str:
@@ -146,7 +150,7 @@ class Evidence:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             head = self._empty(weights)
-        return {name: value.numpy() for name, value in head.state_dict().items()}
+        return arrays(head)
 
     def network(self, weights: Weights, mix: NDArray[np.float64]) -> EvidenceNet:
         return with_evidence(self.backbone, self.spec, weights, mix)
@@ -174,7 +178,7 @@ class Evidence:
         """As it was fitted."""
         head = self._empty(weights, dropout)
         head.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-        return head.eval()
+        return head.eval().to(self.bank.device)
 
     def _empty(self, weights: Weights, dropout: float = 0.0) -> EvidenceHead:
         n_labels = weights["judge.weight"].shape[0] // self.spec.members
@@ -200,20 +204,15 @@ def shift(head: EvidenceHead, by: float) -> None:
         head.judge.get_parameter("bias")[:: head.labels].add_(by)
 
 
-@torch.inference_mode()
 def head_logits(head: EvidenceHead, maps: NDArray[np.floating]) -> Floats:
     """(n, channels, rows, cols) -> (n, labels)."""
-    starts = range(0, len(maps), _BATCH)
-    parts = [head(torch.from_numpy(maps[i : i + _BATCH].astype(np.float32))) for i in starts]
-    return torch.cat(parts).double().numpy()
+    made: Floats = in_batches(head, head, maps).double().numpy()
+    return made
 
 
-@torch.inference_mode()
 def _cells(head: EvidenceHead, maps: NDArray[np.float16]) -> Tensor:
     """(slices, rows, cols): the first label's evidence, the mean of all members."""
-    starts = range(0, len(maps), _BATCH)
-    parts = [torch.from_numpy(maps[i : i + _BATCH].astype(np.float32)) for i in starts]
-    return torch.cat([head.evidence(part)[:, :, 0].mean(dim=1) for part in parts])
+    return in_batches(lambda part: head.evidence(part)[:, :, 0].mean(dim=1), head, maps)
 
 
 def head_maps(head: EvidenceHead, inputs: NDArray[np.float32], how: Explanation) -> Maps:

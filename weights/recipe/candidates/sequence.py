@@ -55,11 +55,12 @@ class Sequence:
         torch.manual_seed(seed)
         features = np.asarray(self.bank.features(PLAIN), np.float32)
         mean, scale = features[rows].mean(axis=0), features[rows].std(axis=0) + 1e-3
-        standard = torch.from_numpy((features - mean) / scale)
-        labels = torch.from_numpy(examples.labels.astype(np.float32))
+        device = self.bank.device
+        standard = torch.from_numpy((features - mean) / scale).to(device)
+        labels = torch.from_numpy(examples.labels.astype(np.float32)).to(device)
         chosen = set(rows.tolist())
         studies = [torch.from_numpy(g) for g in examples.groups if g[0] in chosen]
-        network = _Reader(features.shape[1], labels.shape[1], self.kind)
+        network = _Reader(features.shape[1], labels.shape[1], self.kind).to(device)
         optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=_DECAY)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=_STEPS + 1)
         rng, loss = np.random.default_rng(seed), torch.zeros(())
@@ -102,7 +103,7 @@ class _Reader(nn.Module):
 def _loss(network: _Reader, features: list[Tensor], labels: list[Tensor]) -> Tensor:
     padded, is_there = _padded(features)
     truth, _ = _padded(labels)
-    weight = torch.full((truth.shape[-1],), _POSITIVE_WEIGHT)
+    weight = torch.full((truth.shape[-1],), _POSITIVE_WEIGHT, device=truth.device)
     each = functional.binary_cross_entropy_with_logits(
         network(padded, is_there), truth, reduction="none", pos_weight=weight
     )
@@ -112,10 +113,8 @@ def _loss(network: _Reader, features: list[Tensor], labels: list[Tensor]) -> Ten
 def _padded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """(studies, most slices, ...), zeros behind the shorter ones; and which slices are there."""
     lengths = torch.tensor([len(part) for part in parts])
-    return (
-        nn.utils.rnn.pad_sequence(parts, batch_first=True),
-        torch.arange(int(lengths.max()))[None] < lengths[:, None],
-    )
+    is_there = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    return nn.utils.rnn.pad_sequence(parts, batch_first=True), is_there.to(parts[0].device)
 
 
 @torch.inference_mode()
@@ -123,5 +122,5 @@ def _logits(network: _Reader, features: Tensor, examples: Examples) -> Floats:
     made: NDArray[np.float64] = np.empty(examples.labels.shape)
     for rows in examples.groups:
         padded, is_there = _padded([features[torch.from_numpy(rows)]])
-        made[rows] = network(padded, is_there)[0].double().numpy()
+        made[rows] = network(padded, is_there)[0].double().cpu().numpy()
     return made

@@ -30,10 +30,10 @@ from weights.recipe.candidates.evidence import Evidence, head_logits, head_maps,
 from weights.recipe.examples import Examples
 from weights.recipe.fitting import Schedule, evidence_loss, fit, to_own_share
 from weights.recipe.network import feature_maps
+from weights.recipe.placing import arrays, in_batches
 from weights.recipe.progress import Progress
 
 _HEAD, _LAST = "head.", "last."
-_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,8 +84,10 @@ class Tuned:
     def fit(self, examples: Examples, rows: Rows, *, seed: int, given: tuple[Fit, ...]) -> Fit:
         torch.manual_seed(seed)
         spec, shelves = self.base.spec, self.base.shelves(examples, rows)
+        device = self.base.bank.device
         last, head = self._last(), self.base.head(given[0].weights, self.base.dropout)
-        standard, share = shelves.standard(seed), to_own_share(examples.labels[rows, 0])
+        standard = shelves.standard(seed).to(device)
+        share = to_own_share(examples.labels[rows, 0])
         standard.take_out_of(head)
         shift(head, -share)
         loss = fit(
@@ -96,16 +98,14 @@ class Tuned:
             rows,
             self.schedule,
             seed=seed,
+            device=device,
             slow=last.requires_grad_(True).parameters(),
         )
         standard.fold_into(head)
         shift(head, share)
         round_convolutions(last)
         grids = _through(last, self.base.bank.features(PLAIN))
-        weights = {
-            **{_HEAD + name: value.numpy().copy() for name, value in head.state_dict().items()},
-            **{_LAST + name: value.numpy().copy() for name, value in last.state_dict().items()},
-        }
+        weights = {**arrays(head, _HEAD), **arrays(last, _LAST)}
         return Fit(weights, head_logits(head.eval(), grids), {"loss": loss})
 
     def maps(self, weights: Weights, rows: Rows, how: Explanation) -> Maps:
@@ -127,7 +127,7 @@ class Tuned:
     def _last(self) -> "_Last":
         """As the backbone has them."""
         network = feature_maps(self.base.backbone, self.base.spec).network
-        return _Last(network).eval().requires_grad_(False)
+        return _Last(network).eval().requires_grad_(False).to(self.base.bank.device)
 
 
 class _Last(nn.Module):
@@ -160,11 +160,8 @@ class _Last(nn.Module):
         return torch.cat([grid[:, : self.end], grown], dim=1)
 
 
-@torch.inference_mode()
 def _through(last: _Last, grids: NDArray[np.float16]) -> NDArray[np.float32]:
-    starts = range(0, len(grids), _BATCH)
-    parts = [last(torch.from_numpy(grids[i : i + _BATCH].astype(np.float32))) for i in starts]
-    made: NDArray[np.float32] = torch.cat(parts).numpy()
+    made: NDArray[np.float32] = in_batches(last, last, grids).numpy()
     return made
 
 
