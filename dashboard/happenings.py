@@ -24,6 +24,7 @@ EVENTS: Mapping[str, str] = {
     "delivery_postponed": "A destination does not answer; trying again",
     "objects_refused": "A destination refused objects; trying again",
     "delivery_refused": "A destination refused the result for good",
+    "delivery_hurried": "To be sent at once, by an operator",
     "delivery_withheld": "Not sent: the result no longer matches its study",
     "instance_quarantined": "An image was set aside",
     "quarantine_discarded": "What was set aside was discarded",

@@ -89,7 +89,7 @@ def queue(session: Session) -> Queue:
     open_jobs = union_all(
         *(
             select(notices.due_since().label("since")).where(
-                JobRow.state == one, ~notices.is_put_off()
+                JobRow.state == one, ~notices.is_put_off(), ~notices.is_held()
             )
             for one in _OPEN_JOBS
         )

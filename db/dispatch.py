@@ -97,7 +97,8 @@ def refuse(
         return
     wait = REFUSAL_WAIT if refusals != 1 else dt.timedelta(seconds=60)
     _wait_again(session, delivery, error_code, wait)
-    _event(session, delivery, "objects_refused", reason_code=error_code)
+    # A person can mend it: not only when all tries are over, most of a day later.
+    _event(session, delivery, "objects_refused", is_alarm=refusals == 1, reason_code=error_code)
 
 
 def withhold(session: Session, delivery: ClaimedDelivery, *, error_code: str) -> None:

@@ -76,16 +76,21 @@ def is_same_patient(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether two instances of one Study Instance UID are of one patient.
 
     Equal non-blank PatientID, and equal issuer where both have one. Without any PatientID, as in
-    an emergency, name and birth date must agree, and at least a name be there; this is asked within
-    one study only: across studies a blank never matches.
+    an emergency, name and birth date must agree, be they blank: who was not registered yet is one
+    patient in all images of his study. This is asked within one study only: across studies a blank
+    never matches.
     """
     if one["patient_id"] != other["patient_id"]:
         return False
     if not one["patient_id"]:
-        name = _name(one)
-        return bool(name) and name == _name(other) and _birth(one) == _birth(other)
+        return _name(one) == _name(other) and _birth(one) == _birth(other)
     issuers = one["issuer_of_patient_id"], other["issuer_of_patient_id"]
     return issuers[0] == issuers[1] or not all(issuers)
+
+
+def names_somebody(patient: Mapping[str, str]) -> bool:
+    """Whether it says whose it is at all."""
+    return bool(patient["patient_id"] or _name(patient))
 
 
 def _name(patient: Mapping[str, str]) -> str:

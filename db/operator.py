@@ -29,7 +29,7 @@ def rerun(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis
         session,
         analysis,
         AnalysisEvent.RERUN,
-        detail={"by": "operator"},
+        detail={"by": actor},
         # The set is chosen anew by whoever takes the job.
         analysed_ids=[],
         is_partial=False,
@@ -42,9 +42,22 @@ def rerun(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis
 
 
 def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysis:
-    """Send the stored objects once more, the same bytes, to every destination."""
+    """Send the stored objects once more, the same bytes, to every destination.
+
+    What is on its way already goes at once, whatever it waits for: a destination may have been
+    mended since it refused.
+
+    Raises
+    ------
+    IllegalMove
+        If nothing is to be sent.
+    """
     studies.lock(session, studies.load(session, analysis_id).study_id)
     analysis = studies.load(session, analysis_id)
+    if analysis.state is AnalysisState.BUILT:
+        _hurry(session, analysis)
+        _audit(session, analysis, "resend", actor)
+        return analysis
     if analysis.state is AnalysisState.WITHDRAWN:
         raise IllegalMove("the result was withdrawn and is never sent again; `rerun` makes another")
     if analysis.state not in (AnalysisState.DELIVERED, AnalysisState.DELIVERED_IN_PART):
@@ -72,10 +85,32 @@ def resend(session: Session, analysis_id: int, *, actor: str) -> studies.Analysi
         .where(DestinationRow.tenant == analysis.tenant)
         .values(retry_at=func.now())
     )
-    moved = studies.move(session, analysis, AnalysisEvent.RESEND, detail={"by": "operator"})
+    moved = studies.move(session, analysis, AnalysisEvent.RESEND, detail={"by": actor})
     _audit(session, analysis, "resend", actor)
     studies.notify(session)
     return moved
+
+
+def _hurry(session: Session, analysis: studies.Analysis) -> None:
+    session.execute(
+        update(DeliveryRow)
+        .where(DeliveryRow.analysis_id == analysis.id, DeliveryRow.state == DeliveryState.WAITING)
+        .values(run_after=func.now())
+    )
+    session.execute(
+        update(DestinationRow)
+        .where(DestinationRow.tenant == analysis.tenant)
+        .values(retry_at=func.now())
+    )
+    studies.record(
+        session,
+        "delivery_hurried",
+        tenant=analysis.tenant,
+        origin=analysis.origin,
+        study_id=analysis.study_id,
+        analysis_id=analysis.id,
+    )
+    studies.notify(session)
 
 
 def discard(session: Session, quarantined: uuid.UUID, *, actor: str) -> None:

@@ -9,7 +9,14 @@ from sqlalchemy.orm import Session
 from db import filing, replaced, withdrawals
 from db.aside import Arrival
 from db.errors import CutOff, NotDicom, PermanentError, StaleAnalysis
-from db.identity import conflict, is_same_patient, patient_differences, uid_trouble, who
+from db.identity import (
+    conflict,
+    is_same_patient,
+    names_somebody,
+    patient_differences,
+    uid_trouble,
+    who,
+)
 from db.tables import DeliveryRow, InstanceRow, ObjectRow, QuarantineRow, StudyRow
 
 CONFLICT, SECOND_PATIENT, MISMATCH = "identity_conflict", "second_patient", "uid_mismatch"
@@ -154,7 +161,7 @@ def check_correction(
         )
     (new,) = named
     patient = arrivals[0].described.patient
-    if not is_same_patient(patient, patient):
+    if not names_somebody(patient):
         raise CannotBeReleased("it names nobody: neither a patient ID nor a name")
     if new == who(filing.patient_of(study)):
         return False

@@ -62,6 +62,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _RECEIVER = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _TENANT = re.compile(r"[a-z][a-z0-9-]{0,31}")
+#: For so long a received file may lie here while intake keeps up.
+BEHIND_S = 10
 _BUFFER_BYTES = 2**20
 
 
@@ -192,7 +194,7 @@ class Spool:
         if not _RECEIVER.fullmatch(receiver):
             raise ValueError(f"not a receiver name: {receiver!r}")
         self.folder = data_dir / "spool" / receiver
-        self._min_free_mb = min_free_mb
+        self.min_free_mb = min_free_mb
         self._lock = FolderLock(self.folder, ".receiver.lock")
         clear_parts(self.folder)
         self._stamping = threading.Lock()
@@ -219,7 +221,7 @@ class Spool:
         """
         if not _TENANT.fullmatch(source.tenant):
             raise ValueError("not a tenant id")
-        check_room(self.folder, self._min_free_mb)
+        check_room(self.folder, self.min_free_mb)
         folder = self.folder / source.tenant
         with storage_errors():
             make_folder(folder)
@@ -280,6 +282,16 @@ def scan(folder: Path, limit: int | None = None, kind: Kind = "dcm") -> list[Spo
     with storage_errors():
         found = sorted(_entries(folder, kind), key=lambda item: item.at_ns)
     return found[:limit]
+
+
+def is_behind(data_dir: Path, tenant: str) -> bool:
+    """Whether intake has yet to come to what a tenant's senders sent some time ago."""
+    long_ago = time.time_ns() - BEHIND_S * 10**9
+    return any(
+        item.tenant == tenant and item.at_ns < long_ago
+        for folder in receivers(data_dir)
+        for item in scan(folder)
+    )
 
 
 def _entries(folder: Path, wanted: Kind | None = None) -> Iterator[Spooled]:

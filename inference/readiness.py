@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from db import activations, operator, queue, results, studies
+from db import activations, operator, queue, results, spool, studies
 from db.activations import Version
 from db.clock import is_past
 from db.faults import point
@@ -40,6 +40,7 @@ class Readiness:
 
     def __init__(self, engine: Engine, settings: Settings, fleet: Fleet) -> None:
         self._engine = engine
+        self._data_dir = settings.node.data_dir
         self._tenants = {tenant.id: tenant for tenant in settings.tenants}
         self._fleet = fleet
         self._shares = Shares(settings.tenants)
@@ -152,12 +153,15 @@ class Readiness:
         last = studies.last_arrival(session, study)
         deadline = last + dt.timedelta(seconds=tenant.max_wait_s)
         # Measured by the database's clock alone.
-        has_waited = bool(session.scalar(select(func.now() >= deadline)))
+        is_over = bool(session.scalar(select(func.now() >= deadline)))
+        # What lies in the spool, after an outage of the database say, is not missing.
+        has_waited = is_over and not spool.is_behind(self._data_dir, study.tenant)
         if isinstance(verdict, Eligibility):
             again = self._not_eligible(session, analysis, verdict, version)
         else:
             again = self._eligible(session, analysis, verdict, version, has_waited=has_waited)
-        self._look_again(session, row, deadline if again else None)
+        soon = func.now() + dt.timedelta(seconds=STORING_S)
+        self._look_again(session, row, (soon if is_over else deadline) if again else None)
 
     def _is_as_before(
         self,

@@ -468,14 +468,24 @@ def quarantine_list(as_json: AsJson = False, config: Config = None) -> None:
 
 @quarantine.command("discard")
 def quarantine_discard(
-    entry: Annotated[uuid.UUID, typer.Argument(metavar="ID", help="As `list` shows it.")],
+    entry: Annotated[
+        uuid.UUID | None, typer.Argument(metavar="[ID]", help="As `list` shows it.")
+    ] = None,
+    study: Annotated[
+        str,
+        typer.Option("--study", metavar="STUDY", help="All that is set aside beside this study."),
+    ] = "",
+    tenant: TenantOption = "",
     as_json: AsJson = False,
     config: Config = None,
 ) -> None:
     """The newcomer is wrong: the first stays, and the study goes on. The file is kept."""
-    from node.quarantine import discard, show_decision
+    from node.quarantine import discard, discard_study, show_decision
 
-    report(discard(entry, config), show_decision, as_json=as_json)
+    if (entry is None) == (not study.strip()):
+        raise typer.BadParameter("give an ID, or --study", param_hint="ID")
+    done = discard_study(study, tenant, config) if entry is None else discard(entry, config)
+    report(done, show_decision, as_json=as_json)
 
 
 @quarantine.command("release")

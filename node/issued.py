@@ -43,6 +43,7 @@ def withdrawals(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
 
 def deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
     """What went to whom, in order; what waits, and for what."""
+    taken_back = max((one["result_no"] for one in withdrawals(session, row)), default=0)
     query = (
         select(
             DeliveryRow,
@@ -72,6 +73,7 @@ def deliveries(session: Session, row: AnalysisRow) -> list[dict[str, Any]]:
             "result_no": result_no or notice_no or withdrawn_no,
             "destination": d.destination,
             "state": d.state,
+            "is_withdrawn": bool((number := result_no or notice_no) and number < taken_back),
             "attempts": d.attempts,
             "error": d.error_code,
             "statuses": d.statuses,
@@ -123,6 +125,8 @@ def _waits_for(
 def delivered(delivery: dict[str, Any]) -> str:
     what = f"{delivery['what']} {delivery['result_no']}"
     words = f"  {what} to {delivery['destination']}: {delivery['state']}"
+    if delivery["is_withdrawn"] and delivery["state"] != DeliveryState.WITHDRAWN:
+        words += ", [red]withdrawn[/]"
     if delivery["finished_at"]:
         words += f" {minute(delivery['finished_at'])}"
     words += f", {len(delivery['statuses'])} objects, {delivery['attempts']} tries"

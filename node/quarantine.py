@@ -158,6 +158,34 @@ def discard(key: uuid.UUID, config: Path | None) -> dict[str, Any]:
         }
 
 
+def discard_study(name: str, tenant: str, config: Path | None) -> dict[str, Any]:
+    """All that is set aside beside a study is wrong, and out; says how much it was.
+
+    Raises
+    ------
+    NotOpen
+        If nothing is open there.
+    """
+    with opened(load(config)) as engine, Session(engine) as session, session.begin():
+        study = find_one(session, name, tenant)
+        keys = session.scalars(
+            select(QuarantineRow.id)
+            .where(QuarantineRow.study_id == study.id, QuarantineRow.state == "OPEN")
+            .order_by(QuarantineRow.at, QuarantineRow.id)
+        ).all()
+        if not keys:
+            raise operator.NotOpen("nothing is set aside beside this study that is undecided")
+        for key in keys:
+            operator.discard(session, key, actor=_actor())
+        session.refresh(study)
+        return {
+            "action": "discarded",
+            "ids": [str(key) for key in keys],
+            "study": str(study.public_id),
+            "is_held": study.is_held,
+        }
+
+
 def release(key: uuid.UUID, config: Path | None) -> dict[str, Any]:
     """The newcomer is right: it joins its study, or takes a place there."""
     settings = load(config)
@@ -190,7 +218,7 @@ def _document(done: Released) -> dict[str, Any]:
 
 
 def show_decision(document: Mapping[str, Any], console: Console) -> None:
-    keys = document.get("released") or [document["id"]]
+    keys = document.get("released") or document.get("ids") or [document["id"]]
     for key in keys:
         console.print(f"{key}: {document['action']}", soft_wrap=True)
     for key in document.get("replaced", ()):
@@ -234,7 +262,10 @@ def _show(entry: Mapping[str, Any], console: Console) -> None:
     say(f"  instance  {entry['sop_instance_uid'] or '-'}")
     if entry["results_out"]:
         out = ", ".join(entry["results_out"])
-        say(f"  results are out at {out}: vigil withdraw {entry['study']}", "red")
+        say(
+            f"  results are out at {out}: if it is right, vigil withdraw {entry['study']}",
+            "red",
+        )
     if entry["differs"]:
         table = Table("", "first", "newcomer", box=None, padding=(0, 2), pad_edge=True)
         for one in entry["differs"]:

@@ -15,6 +15,7 @@ from db import notices
 from db.heartbeat import GONE_S
 from db.job import JobState, Lane
 from db.outbox import OPEN
+from db.study import AnalysisState
 from db.tables import (
     AnalysisRow,
     DeliveryRow,
@@ -24,6 +25,7 @@ from db.tables import (
     ProcessRow,
     QuarantineRow,
     ResultRow,
+    ReturnedRow,
     SenderRow,
     StudyRow,
 )
@@ -44,6 +46,7 @@ def status(session: Session, settings: Settings) -> dict[str, Any]:
         "quarantine_open": session.scalar(
             select(func.count()).where(QuarantineRow.state == "OPEN").select_from(QuarantineRow)
         ),
+        "own_objects_returned": session.scalar(select(func.coalesce(func.sum(ReturnedRow.n), 0))),
         "alarms_24h": _alarms(session),
         "senders": _senders(session),
         "processes": (processes := _processes(session)),
@@ -71,6 +74,7 @@ def show(value: dict[str, Any], console: Console) -> None:
     console.print(
         f"Queue        {jobs['waiting']} waiting, {jobs['running']} running, "
         f"oldest {_age(jobs['oldest_s'])}"
+        + (f"; {jobs['held']} held until a person decides" if jobs["held"] else "")
     )
     for delivery in value["deliveries"]:
         words = f"{delivery['waiting']} waiting, oldest {_age(delivery['oldest_s'])}"
@@ -78,6 +82,10 @@ def show(value: dict[str, Any], console: Console) -> None:
         if delivery["failures"]:
             again = _age(delivery["retry_s"])
             trouble = f"  [red]{delivery['last_error']}[/], asked again within {again}"
+        elif delivery["errors"]:
+            again = _age(delivery["next_s"])
+            codes = ", ".join(delivery["errors"])
+            trouble = f"  [red]{codes}[/], next try within {again}, `vigil resend` at once"
         console.print(
             f"Deliveries   {delivery['tenant']}/{delivery['destination']}: {words}{trouble}"
         )
@@ -93,11 +101,14 @@ def show(value: dict[str, Any], console: Console) -> None:
         console.print(f"Process      [red]none of `{stage}` runs: nothing {STAGES[stage]}[/]")
     disk = value["disk"]
     colour = "red" if disk["is_low"] else "default"
+    low = ", below `node.min_free_mb`: nothing is taken in (0xA700)" if disk["is_low"] else ""
     console.print(
-        f"Disk         [{colour}]{disk['free_mb']:,} MB free of {disk['total_mb']:,} MB[/]"
+        f"Disk         [{colour}]{disk['free_mb']:,} MB free of {disk['total_mb']:,} MB{low}[/]"
     )
     console.print(f"Spool        {value['spooled_files']} files waiting for intake")
     console.print(f"Quarantine   {value['quarantine_open']} open")
+    if value["own_objects_returned"]:
+        console.print(f"Returned     {value['own_objects_returned']} of our own objects came back")
     for alarm in value["alarms_24h"]:
         console.print(
             f"[red]Alarm[/]        {alarm['kind']}: {alarm['n']} in 24 h ({alarm['tenant']})"
@@ -124,7 +135,7 @@ def _tenants(session: Session, settings: Settings) -> dict[str, Any]:
     results = (
         select(ResultRow.tenant, func.count(), func.count().filter(ResultRow.is_positive))
         .join(AnalysisRow, AnalysisRow.id == ResultRow.analysis_id)
-        .where(serves)
+        .where(serves, AnalysisRow.state != AnalysisState.WITHDRAWN)
         .group_by(ResultRow.tenant)
     )
     for tenant, n, positive in session.execute(results):
@@ -133,7 +144,7 @@ def _tenants(session: Session, settings: Settings) -> dict[str, Any]:
 
 
 def _queue(session: Session) -> dict[str, Any]:
-    is_open = JobRow.state.in_((JobState.TODO, JobState.DOING))
+    is_open, is_held = JobRow.state.in_((JobState.TODO, JobState.DOING)), notices.is_held()
     rows = session.execute(
         select(
             JobRow.state,
@@ -141,9 +152,10 @@ def _queue(session: Session) -> dict[str, Any]:
             func.count(),
             func.max(func.extract("epoch", func.now() - notices.due_since())),
         )
-        .where(is_open, ~notices.is_put_off())
+        .where(is_open, ~notices.is_put_off(), ~is_held)
         .group_by(JobRow.state, JobRow.lane)
     ).all()
+    held = session.scalar(select(func.count()).select_from(JobRow).where(is_open, is_held))
     lanes: dict[str, int] = {}
     for state, lane, n, _ in rows:
         if state == JobState.TODO:
@@ -152,6 +164,7 @@ def _queue(session: Session) -> dict[str, Any]:
         "waiting": sum(lanes.values()),
         "running": sum(n for state, _, n, _ in rows if state == JobState.DOING),
         "waiting_by_lane": lanes,
+        "held": held,
         "oldest_s": max((_seconds(age) or 0.0 for _, _, _, age in rows), default=None),
     }
 
@@ -166,6 +179,10 @@ def _deliveries(session: Session) -> list[dict[str, Any]]:
             func.extract("epoch", func.greatest(DestinationRow.retry_at, func.now()) - func.now()),
             func.count(DeliveryRow.id),
             func.max(func.extract("epoch", func.now() - DeliveryRow.created_at)),
+            func.array_agg(DeliveryRow.error_code.distinct()).filter(DeliveryRow.error_code != ""),
+            func.extract(
+                "epoch", func.greatest(func.min(DeliveryRow.run_after), func.now()) - func.now()
+            ),
         )
         .outerjoin(
             DeliveryRow,
@@ -185,8 +202,10 @@ def _deliveries(session: Session) -> list[dict[str, Any]]:
             "failures": failures,
             "last_error": error,
             "retry_s": _seconds(retry),
+            "errors": sorted(errors or ()),
+            "next_s": _seconds(next_s),
         }
-        for tenant, name, failures, error, retry, n, age in rows
+        for tenant, name, failures, error, retry, n, age, errors, next_s in rows
     ]
 
 

@@ -11,11 +11,12 @@ from sqlalchemy.orm import Session
 from config.settings import Settings
 from db import replaced
 from db.errors import PermanentError
-from db.study import AnalysisState
+from db.study import SETTLED, AnalysisState, StudyState
 from db.tables import (
     AnalysisRow,
     EventRow,
     InstanceRow,
+    ObjectRow,
     QuarantineRow,
     ResultRow,
     StudyRow,
@@ -94,11 +95,15 @@ def _matching(session: Session, text: str, tenant: str) -> Sequence[StudyRow]:
     by_instance = select(InstanceRow.study_id).where(
         or_(InstanceRow.sop_instance_uid == wanted, InstanceRow.series_instance_uid == wanted)
     )
+    by_result = select(ObjectRow.study_id).where(
+        or_(ObjectRow.sop_instance_uid == wanted, ObjectRow.series_instance_uid == wanted)
+    )
     same = [
         StudyRow.study_instance_uid == wanted,
         StudyRow.accession_number == wanted,
         StudyRow.patient_id == wanted,
         StudyRow.id.in_(by_instance),
+        StudyRow.id.in_(by_result),
     ]
     if public := set_aside.uuid_of(wanted):
         same.append(StudyRow.public_id == public)
@@ -174,9 +179,12 @@ def _show(story: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(f"study {story['study_instance_uid'] or '-'}", highlight=False)
+    is_held = story["state"] == StudyState.HELD
     for analysis in story["analyses"]:
+        is_open = analysis["state"] not in SETTLED
+        held = ", [bold red]held[/] until a person decides" if is_held and is_open else ""
         console.print(
-            f"{analysis['bundle']}: [bold]{analysis['state']}[/]  {_said(analysis)}",
+            f"{analysis['bundle']}: [bold]{analysis['state']}[/]{held}  {_said(analysis)}",
             highlight=False,
         )
         for delivery in analysis["deliveries"]:

@@ -24,9 +24,16 @@ class Door:
         self.limits = Limits(settings.scp, processes)
         self.is_closing = threading.Event()
 
-    def reload(self, tenants: tuple[Tenant, ...]) -> None:
-        """Other tenants from now on; associations that live keep what they were admitted to."""
+    def reload(self, tenants: tuple[Tenant, ...], min_free_mb: int | None = None) -> None:
+        """Other tenants from now on; associations that live keep what they were admitted to.
+
+        min_free_mb : another watermark of the disk, where one is given
+        """
         fresh = self.settings.model_copy(update={"tenants": tenants})
+        if min_free_mb is not None:
+            node = fresh.node.model_copy(update={"min_free_mb": min_free_mb})
+            fresh = fresh.model_copy(update={"node": node})
+            self.spool.min_free_mb = min_free_mb
         fresh.__dict__.pop("by_ae_title", None)  # a cached property that the copy took along
         self.settings = fresh
 

@@ -82,13 +82,14 @@ def _listeners(door: Door, fd: int, tls_fd: int) -> list[Listener]:
 
 
 def _reload(door: Door, config: Path | None, _: int, __: FrameType | None) -> None:
-    """Tenants and their peers change without dropping an association; the rest needs a restart."""
+    """Tenants, their peers and the disk's watermark change without dropping an association; the
+    rest of what reception heeds needs a restart."""
     try:
         fresh = load(config)
     except SettingsError:
         log.error("settings_not_reloaded", exc_code="settings_error")
         return
-    door.reload(fresh.tenants)
+    door.reload(fresh.tenants, fresh.node.min_free_mb)
     log.info("settings_reloaded", n=len(fresh.tenants))
 
 

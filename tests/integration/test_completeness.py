@@ -1,5 +1,7 @@
 """Studies in pieces, mixed, late, tiny or huge: one final result, or a reason (H22, H24, H25)."""
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from pydicom.uid import SecondaryCaptureImageStorage, XRayRadiationDoseSRStorage
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from db.meta import Provenance
 from db.result import Finding
 from db.tables import AnalysisRow, InstanceRow, JobRow, ResultRow, StudyRow
 from tests.bundles.make import make_bundle
@@ -67,6 +70,24 @@ def findings(stages: Stages, study_uid: str = "1.2.3") -> list[Finding]:
 def said(stages: Stages) -> list[tuple[int, bool]]:
     """Images and partiality of each result, oldest first."""
     return [(len(one.images), one.is_partial) for one in findings(stages)]
+
+
+def test_h40_what_waits_in_the_spool_is_not_taken_for_missing(stages, clock):
+    """The database was away for longer than missing images are waited for."""
+    series = head_series()
+    stages.receive(series[::2])
+    waiting = stages.spool.keep(Provenance(tenant="north", calling_ae="CT1"), b"rest of it")
+    (path,) = stages.spool.folder.rglob(f"{waiting}.dcm")
+    long_ago = time.time() - 700
+    os.utime(path, (long_ago, long_ago))
+
+    pass_time(stages, clock, 700)
+    assert said(stages) == []
+
+    path.unlink()
+    stages.receive(series[1::2])
+    pass_time(stages, clock, QUIET_S + 1)
+    assert said(stages) == [(16, False)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import io
+import uuid
 
 import pytest
 from rich.console import Console
@@ -10,13 +11,13 @@ from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
 from config.tenants import Tenant
-from db import results, studies
+from db import operator, results, studies, withdrawals
 from db.result import Eligibility
 from db.sandbox import Sandbox
-from db.study import AnalysisEvent
-from db.tables import DestinationRow, StudyRow
+from db.study import AnalysisEvent, WithdrawalReason
+from db.tables import DestinationRow, ReturnedRow, StudyRow
 from dicom_sr import sending
-from node import where
+from node import status, where
 from node.cli import app
 from tests.delivery import Node, destination, running, wait_until
 from tests.peers import Pacs
@@ -197,7 +198,102 @@ def test_a_destination_that_nothing_waits_for_is_not_asked(node):
                 update(DestinationRow).values(retry_at=later, last_error="no_connection")
             )
 
-        for sender in node.deliverer._senders.values():
+        for sender, _ in node.deliverer._senders.values():
             assert not sender.ask_once()
 
         assert len(pacs.calling) == n
+
+
+def test_a_result_is_found_by_its_own_uids(node):
+    with Pacs() as pacs:
+        node.sends_to(destination(pacs.port))
+        node.found(named(node))
+        node.deliverer.run_once()
+    report = pacs.received[0]
+
+    with Session(node.engine) as session:
+        for uid in (report.SOPInstanceUID, report.SeriesInstanceUID):
+            (only,) = where.search(session, node.settings, str(uid))
+            assert only["accession_number"] == "ACC-1"
+
+
+def test_what_was_refused_is_seen_at_once_and_sent_once_more_by_hand(node):
+    with Pacs() as pacs:
+        node.sends_to(destination(pacs.port))
+        analysis = named(node)
+        pacs.answer = 0xC000
+        result_id = node.found(analysis)
+        node.deliverer.run_once()
+        node.forget_waiting()
+        node.deliverer.run_once()  # the second time: it waits for hours now
+        n = len(pacs.received)
+
+        with Session(node.engine) as session:
+            told = status.status(session, node.settings)
+            (kept,) = told["deliveries"]
+            assert [alarm["kind"] for alarm in told["alarms_24h"]] == ["objects_refused"]
+        assert (kept["waiting"], kept["errors"]) == (1, ["0xC000"])
+        assert kept["next_s"] > 3600
+        assert "0xC000, next try within 5 h" in printed(told)
+        pacs.answer = 0x0000
+        node.deliverer.run_once()
+        assert len(pacs.received) == n
+
+        with Session(node.engine) as session, session.begin():
+            operator.resend(session, analysis, actor="admin")
+        node.deliverer.run_once()
+
+    assert node.delivery(result_id).state == "DELIVERED"
+    assert node.state(analysis) == "DELIVERED"
+
+
+def printed(told: dict) -> str:
+    written = io.StringIO()
+    status.show(told, Console(file=written, width=200))
+    return written.getvalue()
+
+
+def test_jobs_of_a_held_study_are_no_backlog(node):
+    node.sends_to()
+    node.study()
+    with Session(node.engine) as session, session.begin():
+        session.execute(update(StudyRow).values(is_held=True, state="HELD"))
+
+    with Session(node.engine) as session:
+        told = status.status(session, node.settings)
+
+    assert (told["queue"]["waiting"], told["queue"]["held"]) == (0, 1)
+    assert told["queue"]["oldest_s"] is None
+    assert "1 held until a person decides" in printed(told)
+    named_so = update(StudyRow).values(accession_number="ACC-1")
+    with Session(node.engine) as session, session.begin():
+        session.execute(named_so)
+    assert "QUEUED, held until a person decides" in shown(story(node))
+
+
+def test_own_objects_that_came_back_are_counted(node):
+    node.sends_to()
+    with Session(node.engine) as session, session.begin():
+        session.add(
+            ReturnedRow(id=uuid.uuid4(), tenant="north", sop_instance_uid="1.2", sender="P", n=3)
+        )
+
+    with Session(node.engine) as session:
+        told = status.status(session, node.settings)
+
+    assert told["own_objects_returned"] == 3
+    assert "3 of our own objects came back" in printed(told)
+
+
+def test_what_was_withdrawn_is_marked_where_it_went(node):
+    with Pacs() as pacs:
+        node.sends_to(destination(pacs.port))
+        analysis = named(node)
+        node.found(analysis)
+        node.deliverer.run_once()
+        with Session(node.engine) as session, session.begin():
+            withdrawals.withdraw(session, analysis, actor="admin", reason=WithdrawalReason.QUALITY)
+
+        assert "result 1 to pacs: DELIVERED, withdrawn" in shown(story(node))
+        with Session(node.engine) as session:
+            assert status.status(session, node.settings)["tenants"]["north"]["results"] == 0

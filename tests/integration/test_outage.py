@@ -50,7 +50,7 @@ def node(clock: Clock, engine: Engine, settings, sandbox: Sandbox, pacs: Pacs) -
 
 def look(deliverer: Deliverer) -> None:
     """What a sender's thread does until it waits for its next poll."""
-    for sender in deliverer._senders.values():
+    for sender, _ in deliverer._senders.values():
         while sender.send_once() or sender.ask_once():
             pass
 

@@ -257,7 +257,7 @@ def test_a_request_that_names_nothing_is_told_and_holds_nothing_up(keeper, modal
 def test_on_a_full_disk_a_request_is_refused_not_forgotten(settings, engine, sandbox, modality):
     with receivers(settings.node.data_dir) as start:
         keeper = Keeper(settings, engine, sandbox, start, hospital(modality.port))
-        keeper.box._min_free_mb = 10**9
+        keeper.box.min_free_mb = 10**9
 
         assert modality.asks(keeper.receiver.port, [ct_image()]) == 0x0213
 

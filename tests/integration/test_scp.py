@@ -229,7 +229,7 @@ def test_h39_below_the_watermark_the_answer_is_a700_and_the_association_stays(re
     peer = associate(node)
 
     first = peer.send_c_store(ct_image())
-    node.box._min_free_mb = 0
+    node.box.min_free_mb = 0
     second = peer.send_c_store(ct_image())
     peer.release()
 
@@ -596,3 +596,17 @@ def test_no_torch_in_the_receiver():
     )
 
     assert found.stdout.strip() == "False"
+
+
+def test_another_watermark_holds_from_a_reload_on(receive):
+    node = receive()
+    image = ct_image()
+    node.door.reload((NORTH,), min_free_mb=10**9)
+    peer = associate(node)
+
+    refused = peer.send_c_store(image).Status
+    node.door.reload((NORTH,), min_free_mb=0)
+    taken = peer.send_c_store(image).Status
+    peer.release()
+
+    assert (refused, taken) == (0xA700, 0x0000)
