@@ -11,6 +11,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from dashboard import figures
 from dashboard.figures import CURRENT, TREND_DAYS, Totals, Turnaround, midnight, seconds
 from db import notices
+from db import queue as jobs
 from db.job import JobState
 from db.outbox import OPEN
 from db.tables import AnalysisRow, DeliveryRow, EventRow, JobRow, ResultRow, StudyRow
@@ -89,7 +90,7 @@ def queue(session: Session) -> Queue:
     open_jobs = union_all(
         *(
             select(notices.due_since().label("since")).where(
-                JobRow.state == one, ~notices.is_put_off(), ~notices.is_held()
+                JobRow.state == one, ~notices.is_put_off(), ~jobs.is_held()
             )
             for one in _OPEN_JOBS
         )

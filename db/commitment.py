@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-import structlog
 from sqlalchemy import ColumnElement, exists, func, select, update
 from sqlalchemy.orm import Session
 
@@ -45,8 +44,6 @@ ASKED_FOR_AT_MOST = dt.timedelta(days=10)
 #: For a request that is under way: should its worker die, another asks again.
 _LEASE = dt.timedelta(minutes=2)
 NOT_COMMITTED = "not_committed"
-
-log = structlog.get_logger()
 
 
 class CommitmentState(StrEnum):
@@ -248,7 +245,7 @@ def take_report(
     )
     if row is None or row.state not in _MAY_BE_SETTLED:
         return True  # it said so before, or the delivery was sent again since
-    if _is_newer_open(session, row):
+    if _is_overtaken(session, row):
         return True
     # Whoever passes over an instance does not vouch for it.
     reasons = {
@@ -277,7 +274,7 @@ def _is_of(
     )
 
 
-def _is_newer_open(session: Session, row: CommitmentRow) -> bool:
+def _is_overtaken(session: Session, row: CommitmentRow) -> bool:
     """Whether the same delivery ended once more since: this report is about what was before."""
     newer = select(CommitmentRow.id).where(
         CommitmentRow.delivery_id == row.delivery_id, CommitmentRow.id > row.id

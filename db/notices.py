@@ -96,15 +96,6 @@ def is_put_off() -> ColumnElement[bool]:
     )
 
 
-def is_held() -> ColumnElement[bool]:
-    """Of jobs: those of a study that waits for a person's decision, however long."""
-    return (
-        exists()
-        .where(AnalysisRow.id == JobRow.analysis_id, StudyRow.id == AnalysisRow.study_id)
-        .where(StudyRow.is_held, JobRow.state == JobState.TODO)
-    )
-
-
 def due_since() -> ColumnElement[dt.datetime]:
     """Since when a job could have been done; a notice that was put off: since its time came."""
     return case((JobRow.kind == JobKind.NOTICE, JobRow.run_after), else_=JobRow.created_at)

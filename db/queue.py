@@ -60,6 +60,19 @@ class ClaimedJob:
     is_suspect: bool = False  # its last worker died: run it alone
 
 
+def is_held() -> ColumnElement[bool]:
+    """Of jobs: those that wait for a person's decision, and so are no backlog; see `claim`."""
+    return and_(
+        JobRow.kind != JobKind.INFER,
+        JobRow.state == JobState.TODO,
+        exists().where(
+            AnalysisRow.id == JobRow.analysis_id,
+            StudyRow.id == AnalysisRow.study_id,
+            StudyRow.is_held,
+        ),
+    )
+
+
 def claim(
     session: Session,
     kinds: Sequence[JobKind],

@@ -154,11 +154,15 @@ class Readiness:
         deadline = last + dt.timedelta(seconds=tenant.max_wait_s)
         # Measured by the database's clock alone.
         is_over = bool(session.scalar(select(func.now() >= deadline)))
-        # What lies in the spool, after an outage of the database say, is not missing.
-        has_waited = is_over and not spool.is_behind(self._data_dir, study.tenant)
         if isinstance(verdict, Eligibility):
             again = self._not_eligible(session, analysis, verdict, version)
         else:
+            # What lies in the spool, after an outage of the database say, is not missing.
+            has_waited = (
+                not verdict.is_complete
+                and is_over
+                and not spool.is_behind(self._data_dir, study.tenant)
+            )
             again = self._eligible(session, analysis, verdict, version, has_waited=has_waited)
         soon = func.now() + dt.timedelta(seconds=STORING_S)
         self._look_again(session, row, (soon if is_over else deadline) if again else None)

@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from config.settings import Settings
-from db import notices
+from db import notices, queue
 from db.heartbeat import GONE_S
 from db.job import JobState, Lane
 from db.outbox import OPEN
@@ -144,7 +144,7 @@ def _tenants(session: Session, settings: Settings) -> dict[str, Any]:
 
 
 def _queue(session: Session) -> dict[str, Any]:
-    is_open, is_held = JobRow.state.in_((JobState.TODO, JobState.DOING)), notices.is_held()
+    is_open, is_held = JobRow.state.in_((JobState.TODO, JobState.DOING)), queue.is_held()
     rows = session.execute(
         select(
             JobRow.state,

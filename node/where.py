@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from config.settings import Settings
 from db import replaced
 from db.errors import PermanentError
-from db.study import SETTLED, AnalysisState, StudyState
+from db.study import AnalysisState, StudyState
 from db.tables import (
     AnalysisRow,
     EventRow,
@@ -24,6 +24,8 @@ from db.tables import (
 from node import issued, set_aside
 
 MAX_STUDIES = 20
+#: What an open identity conflict keeps from being built or sent; analysed it is all the same.
+HELD_BACK = (AnalysisState.FOUND, AnalysisState.BUILT)
 ENDED_WITHOUT_RESULT = (AnalysisState.NOT_ANALYSED, AnalysisState.FAILED)
 
 
@@ -181,8 +183,8 @@ def _show(story: dict[str, Any], console: Console) -> None:
     console.print(f"study {story['study_instance_uid'] or '-'}", highlight=False)
     is_held = story["state"] == StudyState.HELD
     for analysis in story["analyses"]:
-        is_open = analysis["state"] not in SETTLED
-        held = ", [bold red]held[/] until a person decides" if is_held and is_open else ""
+        waits = is_held and analysis["state"] in HELD_BACK
+        held = ", [bold red]held[/] until a person decides" if waits else ""
         console.print(
             f"{analysis['bundle']}: [bold]{analysis['state']}[/]{held}  {_said(analysis)}",
             highlight=False,

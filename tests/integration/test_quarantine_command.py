@@ -118,6 +118,24 @@ def test_what_a_sender_wrote_moves_no_cursor(vigil, node):
     assert "[red]X" in out
 
 
+def test_all_that_is_set_aside_beside_a_study_is_discarded_at_once(vigil, node):
+    series = ct_series(slices=3)
+    node.file(*series)
+    wrong = node.file(*changed(series[:2], PatientID="SOMEBODY-ELSE"))
+    study = str(node.one(StudyRow).public_id)
+
+    status, out, _ = vigil("quarantine", "discard", "--study", study, "--json")
+    again = vigil("quarantine", "discard", "--study", study)
+    neither = vigil("quarantine", "discard")
+
+    told = json.loads(out)
+    assert (status, told["study"], told["is_held"]) == (0, study, False)
+    assert sorted(told["ids"]) == sorted(map(str, wrong))
+    assert {row.state for row in node.all(QuarantineRow)} == {"DISCARDED"}
+    assert (again[0], neither[0]) == (1, 2)
+    assert "nothing is set aside" in again[2]
+
+
 def test_a_release_and_a_discard_say_what_they_did(vigil, node):
     one, two = ct_series(slices=2)
     first, _ = node.file(one, two)
