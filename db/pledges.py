@@ -8,6 +8,7 @@ import datetime as dt
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, func, select, update
@@ -25,6 +26,12 @@ from db.transaction import Item, Transaction
 EXPIRE = dt.timedelta(hours=72)
 _LEASE = dt.timedelta(minutes=2)
 _MOST_UIDS = 5_000  # of one query
+
+
+class PledgeState(StrEnum):
+    WAITING = "WAITING"  # the sender is still to be told
+    REPORTED = "REPORTED"
+    EXPIRED = "EXPIRED"  # it could not be told in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +141,7 @@ def claim_due(session: Session) -> ClaimedPledge | None:
     row = session.scalar(
         select(PledgeRow)
         .where(
-            PledgeRow.state == "WAITING",
+            PledgeRow.state == PledgeState.WAITING,
             is_past(PledgeRow.run_after, dt.timedelta(seconds=reach.MAX_BACKOFF_S)),
         )
         .order_by(PledgeRow.run_after)
@@ -159,10 +166,14 @@ def claim_due(session: Session) -> ClaimedPledge | None:
 
 def reported(session: Session, pledge: ClaimedPledge) -> None:
     """The sender has the answer; whatever else it waits for may go now."""
-    _end(session, pledge, "REPORTED", "")
+    _end(session, pledge, PledgeState.REPORTED, "")
     session.execute(
         update(PledgeRow)
-        .where(*_of_same_sender(pledge), PledgeRow.state == "WAITING", PledgeRow.error_code != "")
+        .where(
+            *_of_same_sender(pledge),
+            PledgeRow.state == PledgeState.WAITING,
+            PledgeRow.error_code != "",
+        )
         .values(run_after=func.now(), error_code="")
     )
     _record(session, pledge, "commitment_reported")
@@ -174,13 +185,13 @@ def put_off(session: Session, pledge: ClaimedPledge, error_code: str) -> None:
         select(func.now() >= PledgeRow.expires_at).where(PledgeRow.id == pledge.id)
     )
     if is_over:
-        _end(session, pledge, "EXPIRED", error_code)
+        _end(session, pledge, PledgeState.EXPIRED, error_code)
         _record(session, pledge, "commitment_not_reported", is_alarm=True, reason_code=error_code)
         return
     wait = reach.backoff(pledge.attempts)
     session.execute(
         update(PledgeRow)
-        .where(*_of_same_sender(pledge), PledgeRow.state == "WAITING")
+        .where(*_of_same_sender(pledge), PledgeRow.state == PledgeState.WAITING)
         .values(run_after=func.now() + wait, error_code=error_code)
     )
 
@@ -193,10 +204,10 @@ def _of_same_sender(pledge: ClaimedPledge) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _end(session: Session, pledge: ClaimedPledge, state: str, error_code: str) -> None:
+def _end(session: Session, pledge: ClaimedPledge, state: PledgeState, error_code: str) -> None:
     session.execute(
         update(PledgeRow)
-        .where(PledgeRow.id == pledge.id, PledgeRow.state == "WAITING")
+        .where(PledgeRow.id == pledge.id, PledgeRow.state == PledgeState.WAITING)
         .values(state=state, error_code=error_code, finished_at=func.now())
     )
 

@@ -452,7 +452,7 @@ class PledgeRow(Base):
     called_ae: Mapped[str]
     address: Mapped[str]
     answer: Mapped[dict[str, Any]]  # db.transaction.Transaction: the same on every try
-    state: Mapped[str] = mapped_column(server_default="WAITING")  # WAITING | REPORTED | EXPIRED
+    state: Mapped[str] = mapped_column(server_default="WAITING")  # db.pledges.PledgeState
     attempts: Mapped[int] = mapped_column(Integer, server_default="0")
     run_after: Mapped[dt.datetime] = _now()
     expires_at: Mapped[dt.datetime]

@@ -19,6 +19,7 @@ from db import operator, transaction
 from db.committing import Committing
 from db.errors import NotDicom
 from db.intake import Intake
+from db.pledges import PledgeState
 from db.sandbox import Sandbox
 from db.spool import Spool, scan
 from db.tables import EventRow, InstanceRow, PledgeRow, QuarantineRow, ReturnedRow
@@ -105,7 +106,7 @@ def test_what_is_stored_is_vouched_for(keeper, modality):
     assert kept(report) == {str(image.SOPInstanceUID) for image in series}
     assert failures(report) == {}
     assert modality.kinds == [1]
-    assert keeper.one(PledgeRow).state == "REPORTED"
+    assert keeper.one(PledgeRow).state == PledgeState.REPORTED
     assert keeper.answers() == 0
     assert keeper.events()[-2:] == ["commitment_judged", "commitment_reported"]
 
@@ -271,7 +272,7 @@ def test_a_sender_that_is_away_is_told_later_and_the_same(keeper, modality):
     voucher = Voucher(keeper.engine, keeper.settings)
     assert voucher.tell_once()
     row = keeper.one(PledgeRow)
-    assert (row.state, row.error_code, row.attempts) == ("WAITING", "no_connection", 1)
+    assert (row.state, row.error_code, row.attempts) == (PledgeState.WAITING, "no_connection", 1)
     assert not voucher.tell_once()  # it waits
 
     keeper.file(image)  # too late for this answer: it is the one that was judged
@@ -299,7 +300,7 @@ def test_a_sender_that_never_comes_back_ends_with_an_alarm(keeper, modality):
     assert keeper.answers() == 1
 
     row = keeper.one(PledgeRow)
-    assert (row.state, row.error_code) == ("EXPIRED", "0x0110")
+    assert (row.state, row.error_code) == (PledgeState.EXPIRED, "0x0110")
     assert keeper.all(EventRow)[-1].is_alarm
 
 
@@ -323,7 +324,7 @@ def test_a_modality_that_names_no_roles_hears_it_too(settings, engine, sandbox):
         keeper.commits()
         keeper.answers()
 
-        assert keeper.one(PledgeRow).state == "REPORTED"
+        assert keeper.one(PledgeRow).state == PledgeState.REPORTED
 
 
 def test_the_same_request_taken_twice_is_one(keeper, modality):

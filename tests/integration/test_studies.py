@@ -21,6 +21,7 @@ from db.spool import Spooled
 from db.study import AnalysisEvent, AnalysisState
 from db.tables import (
     AnalysisRow,
+    AuditRow,
     DeliveryRow,
     DestinationRow,
     EventRow,
@@ -335,6 +336,26 @@ def test_rerun_queues_a_finished_analysis(engine):
 
     assert state_of(engine, analysis_id)[0] == AnalysisState.QUEUED
     assert claim(engine) is not None
+
+
+@pytest.mark.parametrize("action", ["rerun", "resend"])
+def test_trail_and_timeline_name_who_asked(engine, action):
+    analysis_id = built(engine, PACS)
+    with Session(engine) as session, session.begin():
+        dispatch.accept(session, claim_delivery(engine, "pacs"), {"1.2": "0x0000"})
+
+    with Session(engine) as session, session.begin():
+        getattr(operator, action)(session, analysis_id, actor="dr.who")
+
+    with Session(engine) as session:
+        trail = session.scalars(select(AuditRow).where(AuditRow.action == action)).one()
+        newest = session.scalars(select(EventRow).order_by(EventRow.id.desc()).limit(1)).one()
+    assert (trail.actor, trail.tenant, trail.target) == (
+        "dr.who",
+        "north",
+        f"analysis {analysis_id}",
+    )
+    assert newest.detail["by"] == "dr.who"
 
 
 def test_at_most_one_job_of_a_kind_waits_for_an_analysis(engine):
