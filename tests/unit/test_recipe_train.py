@@ -22,6 +22,9 @@ from weights.recipe.shift import noise, quieted
 from weights.recipe.template import ICH_B4
 from weights.recipe.train import Plan, train
 
+# Trains two bundles: a minute on an idle core, many on a busy one.
+pytestmark = pytest.mark.timeout(1200)
+
 SLICES = 3
 
 #: Little of everything, but both kinds of candidate.
