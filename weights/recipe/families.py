@@ -29,6 +29,7 @@ COMPARED: Mapping[str, tuple[str, ...]] = {
         "convolution over slices tf_efficientnet_lite0",
         f"mean of {_EVIDENCE.format('lite0')} and linear tf_efficientnet_lite2",
         f"mean of {_EVIDENCE.format('lite0')} and {_EVIDENCE.format('lite2')}",
+        f"{_EVIDENCE.format('lite2')} tuned behind stage 3",
     ),
     "ich-b4": (_EVIDENCE.format("lite0"),),
 }
