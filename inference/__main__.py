@@ -1,6 +1,7 @@
 """`vigil infer`: judges readiness, scores what is ready, until it is told to stop."""
 
 import contextvars
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from db.errors import PermanentError
 from db.heartbeat import Heartbeat
 from db.lifetime import worker_name
 from db.process import Stop, StopSignal
-from inference.device import Device
+from inference.device import HUNG, Device, watched
 from inference.fleet import Fleet, OverrideRefused
 from inference.readiness import Readiness
 from inference.scheduler import Scheduler
@@ -33,15 +34,17 @@ def main(config: Path | None = None) -> int:
     stop = StopSignal()
     log = structlog.get_logger()
     try:
-        device = pick_device(settings.inference.device)
+        torch_device = pick_device(settings.inference.device)
     except PermanentError as error:
         # It may come back, or its driver be loaded late: tried again, and reception goes on.
         log.error("no_device", device=settings.inference.device)
         sys.stderr.write(f"{error}\n")
         return 1
     engine = engine_for(settings, "node")
+    device = Device(torch_device, settings.inference.max_batch)
     fleet = Fleet(engine, settings, device)
-    fleet.first(stop)
+    with watched(device, settings.inference.device_timeout_s, lambda: os._exit(HUNG)):
+        fleet.first(stop)
     for refused in fleet.refused.values():
         if refused.code == OverrideRefused.code:
             sys.stderr.write(f"{refused.reason}\n")
@@ -51,11 +54,10 @@ def main(config: Path | None = None) -> int:
         _start("readiness", Readiness(engine, settings, fleet).run, stop),
         _start("models", fleet.run, stop),
     ]
-    log.info("ready", device=str(device), n=len(fleet.served))
+    log.info("ready", device=str(torch_device), n=len(fleet.served))
     worker = worker_name("inference")
     try:
-        runner = Device(device, settings.inference.max_batch)
-        Scheduler(engine, settings, fleet, runner, worker, stop).run()
+        Scheduler(engine, settings, fleet, device, worker, stop).run()
     finally:
         stop.set()  # a scheduler that failed takes the process down; the supervisor starts it again
         for thread in beside:

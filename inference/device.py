@@ -1,5 +1,7 @@
 """The device: runs batches, halves them when memory runs out, grows them again later."""
 
+import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ _T = TypeVar("_T")
 
 #: Batches at a halved size before the full size is tried again.
 RECOVER_AFTER = 50
+WATCH_S = 1.0
+HUNG = 1  # exit status of a process whose device hangs
 #: How torch's plain RuntimeErrors begin that are the device's: of its driver and its libraries.
 _OF_THE_DEVICE = ("CUDA", "cuDNN", "cublas", "No CUDA", "Found no NVIDIA")
 
@@ -31,19 +35,20 @@ class DeviceFault(TransientError):
 
 
 class Device:
-    """One device and the batch size it can take. Used by one thread."""
+    """One device and the batch size it can take. Batches are of one thread, calls of any."""
 
     def __init__(self, device: torch.device, max_batch: int) -> None:
         self.device = device
         self._max_batch = max_batch
         self._limit = max_batch
         self._since_halved = 0
-        self._began: float | None = None  # monotonic, of the call under way
+        self._began: dict[int, float] = {}  # monotonic, of each call under way
+        self._numbers = itertools.count()
 
     def busy_s(self) -> float:
-        """How long the call under way has taken, in seconds; any thread may ask."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
+        """How long the longest of the calls under way has taken, in seconds."""
+        now = time.monotonic()
+        return max((now - began for began in list(self._began.values())), default=0.0)
 
     @property
     def limit(self) -> int:
@@ -71,7 +76,7 @@ class Device:
     def _try(self, model: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32] | None:
         parts = range(0, len(inputs), self._limit)
         try:
-            with self._call():
+            with self.call():
                 some = [logits(model, inputs[at : at + self._limit]) for at in parts]
                 return np.concatenate(some)
         except torch.cuda.OutOfMemoryError:
@@ -86,18 +91,19 @@ class Device:
             If the device fails otherwise.
         """
         try:
-            with self._call():
+            with self.call():
                 return run(model)
         except torch.cuda.OutOfMemoryError:
             log.warning("heat_maps_moved_to_cpu")
         torch.cuda.empty_cache()
-        with self._call():
+        with self.call():
             return run(model.to("cpu"))
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
+    def call(self) -> Iterator[None]:
         """One call, timed; what fails in it and is the device's fault is a DeviceFault."""
-        self._began = time.monotonic()
+        number = next(self._numbers)
+        self._began[number] = time.monotonic()
         try:
             yield
         except torch.cuda.OutOfMemoryError:
@@ -107,7 +113,7 @@ class Device:
                 raise
             raise DeviceFault(f"the device failed ({type(error).__name__})") from None
         finally:
-            self._began = None
+            del self._began[number]
 
     def _halve(self) -> None:
         torch.cuda.empty_cache()
@@ -123,6 +129,27 @@ class Device:
             self._limit = min(self._max_batch, self._limit * 2)
             self._since_halved = 0
             log.info("batch_grown", limit=self._limit)
+
+
+@contextmanager
+def watched(device: Device, longest_s: float, hung: Callable[[], object]) -> Iterator[None]:
+    """Meanwhile call `hung` once a call takes longer: nothing in this process can end it."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(WATCH_S, longest_s)):
+            if device.busy_s() > longest_s:
+                log.critical("device_hung", wait_s=longest_s)
+                hung()
+                return
+
+    thread = threading.Thread(target=watch, name="watchdog")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _is_of_the_device(error: RuntimeError) -> bool:

@@ -18,6 +18,7 @@ from db.errors import DatabaseAway, PermanentError
 from db.files import models_folder
 from db.process import Stop
 from inference.bundle import MANIFEST, Bundle, BundleError, check_overrides, read_manifest
+from inference.device import Device
 from inference.installed import load_installed
 from inference.manifest import Manifest
 from inference.serving import Refused, Served, bundle_folder, load_configured, make_served
@@ -42,7 +43,7 @@ class Fleet:
     needs it.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, device: torch.device) -> None:
+    def __init__(self, engine: Engine, settings: Settings, device: Device) -> None:
         self._engine = engine
         self._device = device
         self._data_dir = settings.node.data_dir
@@ -103,7 +104,7 @@ class Fleet:
         for version, one in self._served.items():
             models.setdefault(version.bundle, set()).add(_label(one.bundle))
         return {
-            "device": str(self._device),
+            "device": str(self._device.device),
             "models": {name: ", ".join(sorted(labels)) for name, labels in models.items()},
             "refused": {
                 one.name: {"code": one.code, "reason": one.reason} for one in self._refused.values()
@@ -154,7 +155,7 @@ class Fleet:
         log.info(
             "model_loaded",
             **_fields(version, served),
-            device=str(self._device),
+            device=str(self._device.device),
             numerics=served.numerics,
             duration_s=round(time.monotonic() - started, 2),
         )
@@ -168,7 +169,8 @@ class Fleet:
         for tenant in self._tenants:
             if tenant.id in tenants:
                 _check_overrides(bundle, tenant.id, tenant.thresholds, tenant.prevalence)
-        return make_served(bundle, self._device)
+        with self._device.call():
+            return make_served(bundle, self._device.device)
 
     def _refuse(self, version: Version, error: Exception) -> None:
         code = error.code if isinstance(error, PermanentError) else "device_fault"

@@ -38,7 +38,7 @@ from db.process import Stop
 from db.result import Eligibility, Finding
 from db.shares import Shares
 from inference.batcher import Batcher, Work
-from inference.device import Device, DeviceFault
+from inference.device import HUNG, Device, DeviceFault, watched
 from inference.fleet import Fleet
 from inference.loader import Loaded, Loader
 from inference.predict import make_finding, make_heatmaps
@@ -49,7 +49,6 @@ log = structlog.get_logger()
 LEASE_S = 60.0
 RENEW_S = 15.0
 DATABASE_RETRY_S = 2.0
-HUNG = 1  # exit status
 POLL_S = 0.5  # NOTIFY is only a hint, and a poll is cheap
 
 
@@ -117,18 +116,22 @@ class Scheduler:
         heart = threading.Thread(target=self._renew_until, args=(ended,), name="leases")
         heart.start()
         try:
-            while not self._stop.is_set():
-                try:
-                    if not self.step():
-                        self.wait()
-                except DBAPIError:
-                    # Nothing is lost: leases run out, and what was scored is scored again.
-                    log.warning("database_away", exc_code=DatabaseAway.code)
-                    self._stop.wait(DATABASE_RETRY_S)
+            with watched(self._device, self._longest_call_s, self._abandon):
+                self._work()
         finally:
             ended.set()
             heart.join()
             self.close()
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                if not self.step():
+                    self.wait()
+            except DBAPIError:
+                # Nothing is lost: leases run out, and what was scored is scored again.
+                log.warning("database_away", exc_code=DatabaseAway.code)
+                self._stop.wait(DATABASE_RETRY_S)
 
     def step(self) -> bool:
         """One round: claim, take in what is loaded, run one batch. False when there was nothing."""
@@ -163,9 +166,6 @@ class Scheduler:
     def _renew_until(self, ended: threading.Event) -> None:
         """Keep the leases in a thread of its own: a step can take longer than one."""
         while not ended.wait(RENEW_S):
-            if self._device.busy_s() > self._longest_call_s:
-                self._abandon()
-                return
             try:
                 with Session(self._engine) as session, session.begin():
                     queue.renew(session, list(self._flights), self._worker, lease_s=LEASE_S)
@@ -173,11 +173,7 @@ class Scheduler:
                 log.warning("database_away", exc_type=type(error).__name__)
 
     def _abandon(self) -> None:
-        """A call of the device does not come back, and nothing in this process can end it.
-
-        Whoever watches starts the stage anew; the studies are not at fault.
-        """
-        log.critical("device_hung", wait_s=self._longest_call_s)
+        """The device hangs: the supervisor starts the stage anew; no study is at fault."""
         self._release_all()
         self._die(HUNG)
 

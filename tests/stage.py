@@ -63,14 +63,14 @@ class Stages:
             }
         )
         self.engine = engine
-        self.fleet = Fleet(engine, self.settings, torch.device("cpu"))
+        device = Device(torch.device("cpu"), 8)
+        self.fleet = Fleet(engine, self.settings, device)
         self.fleet.refresh()
         assert not self.fleet.refused, self.fleet.refused
         self.sandbox = Sandbox(size=1)
         self.intake = Intake(engine, self.settings, self.sandbox, readers=1)
         self.spool = Spool(self.settings.node.data_dir, "test")
         self.readiness = Readiness(engine, self.settings, self.fleet)
-        device = Device(torch.device("cpu"), 8)
         self.scheduler = Scheduler(
             engine, self.settings, self.fleet, device, "test", threading.Event()
         )

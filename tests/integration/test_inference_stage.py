@@ -1,6 +1,8 @@
 """Spool to finding: the real intake, readiness, loader and scheduler, with small bundles."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -15,8 +17,10 @@ from db.job import MAX_ATTEMPTS
 from db.result import Finding
 from db.tables import AnalysisRow, EventRow, InstanceRow, JobRow, QuarantineRow, ResultRow
 from inference import device as devices
-from inference import scheduler as scheduling
+from inference import fleet as fleets
+from inference.bundle import BundleError
 from inference.device import Device, DeviceFault
+from inference.fleet import Fleet
 from inference.scheduler import Scheduler
 from inference.serving import load_served, pick_device
 from tests.bundles.make import make_bundle
@@ -483,7 +487,6 @@ def test_h41_studies_wait_for_a_device_that_fails_and_none_fails_for_it(stages):
 
 
 def test_h41_a_device_call_that_hangs_ends_the_stage_and_costs_no_study_a_try(stages, monkeypatch):
-    monkeypatch.setattr(scheduling, "RENEW_S", 0.05)
     stages.receive(patient(head_series()))
     stages.judge()
     ended, stuck = threading.Event(), threading.Event()
@@ -506,10 +509,66 @@ def test_h41_a_device_call_that_hangs_ends_the_stage_and_costs_no_study_a_try(st
     with Session(stages.engine) as session:
         job = session.scalars(select(JobRow)).one()
     assert (job.state, job.attempts, job.crashes, job.error_code) == ("TODO", 0, 0, "")
-    assert statuses == [scheduling.HUNG]
+    assert statuses == [devices.HUNG]
 
     monkeypatch.undo()
     stages.infer()  # the stage that was started anew
     assert analysis(stages).state == "FOUND"
     stuck.set()
     thread.join(60)
+
+
+def test_h41_a_model_that_hangs_while_it_is_loaded_ends_the_stage_too(stages, monkeypatch):
+    """A version that is activated while studies are scored: those are not at fault."""
+    stages.receive(patient(head_series()))
+    stages.judge()
+    ended, stuck = threading.Event(), threading.Event()
+    device, stop = Device(torch.device("cpu"), 8), threading.Event()
+
+    def hang(*_):
+        stuck.wait(60)
+        raise BundleError("let go at last")
+
+    def die(_):
+        ended.set()
+        stop.set()
+
+    monkeypatch.setattr(fleets, "make_served", hang)
+    loading = threading.Thread(target=Fleet(stages.engine, stages.settings, device).refresh)
+    scheduler = Scheduler(
+        stages.engine, stages.settings, stages.fleet, device, "beside", stop, die=die
+    )
+    scheduler._longest_call_s = 0.2
+    scheduler._claim()
+    loading.start()
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+
+    assert ended.wait(60)
+    thread.join(60)
+    stuck.set()
+    loading.join(60)
+    with Session(stages.engine) as session:
+        job = session.scalars(select(JobRow)).one()
+    assert job.crashes == 0
+    assert job.state in ("TODO", "DONE")
+
+
+def test_h41_a_model_that_hangs_at_the_start_ends_the_stage(settings, tmp_path):
+    config = tmp_path / "vigil.toml"
+    config.write_text(
+        f'[node]\ndata_dir = "{settings.node.data_dir}"\n'
+        f'database_url = "{settings.node.database_url.get_secret_value()}"\n'
+        f'[inference]\nmodels = ["{make_bundle(tmp_path / "head")}"]\ndevice_timeout_s = 0.5\n'
+        '[[tenants]]\nid = "north"\nae_titles = ["NORTH_AI"]\nmodels = ["head"]\n'
+    )
+    hanging = (
+        "import pathlib, sys, time; from inference import __main__ as stage, fleet;"
+        "fleet.make_served = lambda *_: time.sleep(600);"
+        f"sys.exit(stage.main(pathlib.Path({str(config)!r})))"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", hanging], capture_output=True, timeout=200)
+
+    assert ended.returncode == devices.HUNG
+    assert b"device_hung" in ended.stdout + ended.stderr

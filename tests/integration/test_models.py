@@ -481,7 +481,7 @@ def test_the_source_may_go_and_what_was_activated_still_starts(stages, vigil, tm
     shutil.rmtree(new)
     shutil.rmtree(tmp_path / "head")
 
-    fleet = Fleet(stages.engine, stages.settings, torch.device("cpu"))
+    fleet = Fleet(stages.engine, stages.settings, Device(torch.device("cpu"), 8))
     fleet.refresh()
 
     assert [one.bundle.manifest.version for one in fleet.served.values()] == ["1.1.0"]
@@ -530,7 +530,7 @@ def test_a_version_whose_words_were_edited_in_place_is_not_served(stages, vigil,
     assert "not those that were activated" in refused.reason
     assert vigil("activate", "head@1.1.0").status == 1
     assert vigil("activate", new).status == 0
-    fleet = Fleet(stages.engine, stages.settings, torch.device("cpu"))
+    fleet = Fleet(stages.engine, stages.settings, Device(torch.device("cpu"), 8))
     fleet.refresh()
     assert [one.bundle.manifest.version for one in fleet.served.values()] == ["1.1.0"]
 
@@ -545,7 +545,7 @@ def test_activating_again_puts_a_damaged_reference_right(stages, vigil, tmp_path
 
     vigil("activate", new)
 
-    fleet = Fleet(stages.engine, stages.settings, torch.device("cpu"))
+    fleet = Fleet(stages.engine, stages.settings, Device(torch.device("cpu"), 8))
     fleet.refresh()
     assert fleet.refused == {}
 
@@ -720,7 +720,7 @@ def test_what_was_begun_before_a_bundle_left_a_tenant_is_ended(stages, vigil, tm
     stages.judge()
     settings = stages.settings.model_copy(update={"tenants": stages.settings.tenants[:1]})
 
-    fleet = Fleet(stages.engine, settings, torch.device("cpu"))
+    fleet = Fleet(stages.engine, settings, Device(torch.device("cpu"), 8))
     fleet.refresh()
 
     assert sorted(one.bundle.manifest.version for one in fleet.served.values()) == [
