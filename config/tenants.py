@@ -137,6 +137,12 @@ class Tenant(_Part):
             )
         if twice := set(self.models) & set(self.shadow):
             raise ValueError(f"tenant {self.id}: {sorted(twice)} both serve and run as shadow")
+        for one in self.destinations:
+            if one.commitment and self.calling_ae(one) not in self.ae_titles:
+                raise ValueError(
+                    f"tenant {self.id}: {one.name} would report on commitment to its calling_ae "
+                    f"{one.calling_ae}, which is none of the tenant's ae_titles"
+                )
         known = set(self.models) | set(self.shadow)
         for key in (*self.thresholds, *self.prevalence):
             bundle, dot, label = key.partition(".")

@@ -43,6 +43,7 @@ MAX_FAILURES = 5
 ASKED_FOR_AT_MOST = dt.timedelta(days=10)
 #: For a request that is under way: should its worker die, another asks again.
 _LEASE = dt.timedelta(minutes=2)
+_LONGEST_WAIT = dt.timedelta(seconds=reach.MAX_BACKOFF_S)
 NOT_COMMITTED = "not_committed"
 
 
@@ -134,7 +135,7 @@ def claim_due(session: Session, tenant: str, destination: str) -> ClaimedCommitm
             is_past(CommitmentRow.run_after, dt.timedelta(seconds=reach.MAX_BACKOFF_S)),
             is_past(DestinationRow.retry_at, dt.timedelta(seconds=reach.MAX_BACKOFF_S)),
         )
-        .order_by(CommitmentRow.id)
+        .order_by(CommitmentRow.run_after, CommitmentRow.id)
         .limit(1)
         .with_for_update(of=CommitmentRow, skip_locked=True)
     )
@@ -157,29 +158,39 @@ def _is_taken_back(session: Session, row: CommitmentRow) -> bool:
     return True
 
 
-def note_asked(session: Session, claimed: ClaimedCommitment) -> None:
-    """The destination has taken the request; the report may have been faster."""
+def note_asked(session: Session, claimed: ClaimedCommitment, error_code: str = "") -> None:
+    """The destination has taken the request, or may have; the report may have been faster.
+
+    error_code : why that is not known: it may report though it never answered
+    """
     row = _lock(session, claimed)
     if row is None:
         return
-    row.state, row.asked_at, row.error_code = _S.ASKED, func.now(), ""
+    row.state, row.asked_at, row.error_code = _S.ASKED, func.now(), error_code
     row.run_after = func.now() + PATIENCE
-    reach.answered(session, row.tenant, row.destination)
+    if not error_code:
+        reach.answered(session, row.tenant, row.destination)
 
 
 def put_off(session: Session, claimed: ClaimedCommitment, error_code: str) -> None:
-    """It could not be asked now; no try is counted, for it has not heard of it."""
+    """It could not be asked now; no try is counted, for it has not heard of it.
+
+    The longer it has been so, the longer it waits.
+    """
     row = _lock(session, claimed)
     if row is None:
         return
-    if session.scalar(select(func.now() > row.created_at + ASKED_FOR_AT_MOST)):
+    age = session.scalars(select(func.now())).one() - row.created_at
+    if age > ASKED_FOR_AT_MOST:
         _end(session, row, _S.UNANSWERED, error_code)
         return
     row.attempts -= 1
     row.error_code = error_code
-    row.run_after = func.now() + reach.backoff(1)
+    row.run_after = func.now() + min(max(age / 4, ASK_AFTER), _LONGEST_WAIT)
     if reach.is_unreachable(error_code):
         reach.back_off(session, row.tenant, row.destination, error_code)
+    else:
+        reach.pause(session, row.tenant, row.destination)
 
 
 def note_refused(session: Session, claimed: ClaimedCommitment, error_code: str) -> None:

@@ -1,6 +1,8 @@
 """Takes in what receivers have kept of storage commitment: senders' requests, archives' reports."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlalchemy import Engine
@@ -15,7 +17,7 @@ from db.sandbox import Sandbox
 from db.spool import Spooled, read_provenance, receivers, scan
 from db.transaction import Transaction
 
-_READ_S = 20.0
+_READ_S, _READ_AGAIN_S = 20.0, 120.0
 log = structlog.get_logger()
 
 
@@ -39,20 +41,26 @@ class Committing:
             Nothing is lost; call again later.
         """
         reports = scan(folder, kind="report")
-        requests = [item for item in scan(folder, kind="request") if self._is_filed_before(item)]
+        requests = scan(folder, kind="request")
+        if requests:  # only then: it looks at every file there is
+            # After the requests: whatever came before them lies there, or is filed.
+            oldest_ns = self._oldest_ns()
+            requests = [item for item in requests if item.at_ns < oldest_ns]
         for item in (*reports, *requests):
             self._take(item)
         return len(reports) + len(requests)
 
-    def _is_filed_before(self, request: Spooled) -> bool:
-        oldest = (scan(folder, limit=1) for folder in receivers(self._data_dir))
-        return all(item.at_ns > request.at_ns for found in oldest for item in found)
+    def _oldest_ns(self) -> float:
+        """When the oldest instance came that waits at any receiver; infinity where none does."""
+        return min(
+            (item.at_ns for folder in receivers(self._data_dir) for item in scan(folder)),
+            default=math.inf,
+        )
 
     def _take(self, item: Spooled) -> None:
         try:
             source = read_provenance(item.path)
-            value, _ = self._sandbox.run(transaction.read, str(item.path), timeout_s=_READ_S)
-            found = Transaction.from_json(value)
+            found = Transaction.from_json(self._read(item.path))
         except (PermanentError, ChildDied) as error:
             self._unreadable(item, error.code)
         else:
@@ -63,6 +71,14 @@ class Committing:
                     self._report(session, source, found)
         point("commitment_taken")
         item.path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Twice where its reader dies: of a machine that is short of time or memory, perhaps."""
+        try:
+            value, _ = self._sandbox.run(transaction.read, str(path), timeout_s=_READ_S)
+        except ChildDied:
+            value, _ = self._sandbox.run(transaction.read, str(path), timeout_s=_READ_AGAIN_S)
+        return value
 
     def _report(self, session: Session, source: Provenance, report: Transaction) -> None:
         tenant = self._settings.tenant(source.tenant)

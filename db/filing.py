@@ -17,7 +17,7 @@ from db.aside import Arrival, keep_out
 from db.errors import StaleAnalysis
 from db.files import same_content, store_path
 from db.header import InstanceHeader
-from db.identity import Described, Stored, Trouble, conflict, is_same_patient
+from db.identity import Described, Stored, Trouble, conflict, is_same_encoding, is_same_patient
 from db.job import Lane, lane
 from db.meta import Provenance
 from db.spool import Spooled
@@ -42,6 +42,8 @@ PATIENT = (
     "study_description",
 )
 log = structlog.get_logger()
+#: The event of an instance that differs from the filed one in nothing that makes it another.
+VARIANT_DROPPED = "variant_dropped"
 
 
 def file_study(
@@ -160,11 +162,15 @@ def _file_again(
     else:
         studies.record(
             session,
-            "variant_dropped",
+            VARIANT_DROPPED,
             tenant=study.tenant,
             origin=study.origin,
             study_id=study.id,
             instance_id=str(first.id),
+            sender=item.source.calling_ae.strip(),
+            is_same_encoding=is_same_encoding(
+                first.header["transfer_syntax_uid"], item.described.header.transfer_syntax_uid
+            ),
             transfer_syntax_uid=item.described.header.transfer_syntax_uid,
         )
     return [item.spooled]

@@ -132,12 +132,15 @@ def _differing(first: Stored, newcomer: Described) -> list[str]:
             *(one.what for one in header_differences(first.header, newcomer.header)),
         ]
         found = list(dict.fromkeys(found)) or ["the patient or a frame's geometry"]
-    same_encoding = encoding_of(first.header.transfer_syntax_uid) == encoding_of(
-        newcomer.header.transfer_syntax_uid
-    )
-    if same_encoding and first.pixel_sha256 != newcomer.pixel_sha256:
+    same = is_same_encoding(first.header.transfer_syntax_uid, newcomer.header.transfer_syntax_uid)
+    if same and first.pixel_sha256 != newcomer.pixel_sha256:
         found.append("pixel data")
     return found
+
+
+def is_same_encoding(first: str, newcomer: str) -> bool:
+    """Whether equal pixels are equal bytes in both transfer syntaxes, and so can be compared."""
+    return encoding_of(first) == encoding_of(newcomer)
 
 
 @dataclass(frozen=True, slots=True)

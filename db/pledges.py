@@ -6,7 +6,7 @@ filed under the UIDs asked for, and is not in doubt.
 
 import datetime as dt
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -18,12 +18,15 @@ from sqlalchemy.orm import Session
 from db import reach, studies, transaction
 from db.clock import is_past
 from db.files import store_path
+from db.filing import VARIANT_DROPPED
 from db.meta import Provenance
-from db.tables import InstanceRow, PledgeRow, QuarantineRow, ReturnedRow
+from db.tables import EventRow, InstanceRow, PledgeRow, QuarantineRow, ReturnedRow
 from db.transaction import Item, Transaction
 
 #: After that the sender will have asked again, or keeps its copy.
 EXPIRE = dt.timedelta(hours=72)
+#: The sender has left the configuration, or listens nowhere any more.
+NO_ADDRESS = "no_address"
 _LEASE = dt.timedelta(minutes=2)
 _MOST_UIDS = 5_000  # of one query
 
@@ -102,17 +105,7 @@ def _judged(
             )
         )
     }
-    # What this sender sent may be the one that was set aside: then it must not delete its copy.
-    in_doubt = set(
-        session.scalars(
-            select(QuarantineRow.sop_instance_uid).where(
-                QuarantineRow.tenant == source.tenant,
-                QuarantineRow.sop_instance_uid.in_(uids),
-                QuarantineRow.sender == source.calling_ae.strip(),
-                QuarantineRow.state != "RELEASED",
-            )
-        )
-    )
+    in_doubt = _set_aside(session, source, uids, kept) | _unlike(session, source, kept)
     kept_out = set(
         session.scalars(
             select(ReturnedRow.sop_instance_uid).where(
@@ -136,6 +129,50 @@ def _judged(
     return [replace(one, failure=failure(one)) for one in items]
 
 
+def _set_aside(
+    session: Session, source: Provenance, uids: Collection[str], kept: Mapping[str, InstanceRow]
+) -> set[str]:
+    """UIDs of which the asker's own instance may be one that was set aside.
+
+    It is not where he sent the one that is filed, and nothing that lies there. What another sender
+    set aside may have come from him as well: the same data set is kept there once.
+    """
+    caller = source.calling_ae.strip()
+    rows = session.execute(
+        select(QuarantineRow.sop_instance_uid, QuarantineRow.sender).where(
+            QuarantineRow.tenant == source.tenant,
+            QuarantineRow.sop_instance_uid.in_(uids),
+            QuarantineRow.state != "RELEASED",
+        )
+    )
+    return {
+        uid
+        for uid, sender in rows
+        if sender.strip() == caller or (uid in kept and kept[uid].sender.strip() != caller)
+    }
+
+
+def _unlike(session: Session, source: Provenance, kept: Mapping[str, InstanceRow]) -> set[str]:
+    """UIDs of which the asker's own instance may be a variant in another encoding, and so dropped.
+
+    Nobody has compared the pixels of the two: one may be lossy.
+    """
+    caller, by_id = source.calling_ae.strip(), {str(row.id): row for row in kept.values()}
+    variants = session.scalars(
+        select(EventRow.detail).where(
+            EventRow.study_id.in_({row.study_id for row in kept.values()}),
+            EventRow.kind == VARIANT_DROPPED,
+        )
+    )
+    return {
+        by_id[one["instance_id"]].sop_instance_uid
+        for one in variants
+        if one["instance_id"] in by_id
+        and not one["is_same_encoding"]
+        and (one["sender"] == caller or by_id[one["instance_id"]].sender.strip() != caller)
+    }
+
+
 def claim_due(session: Session) -> ClaimedPledge | None:
     """The next answer to give; commit before giving it."""
     row = session.scalar(
@@ -144,7 +181,7 @@ def claim_due(session: Session) -> ClaimedPledge | None:
             PledgeRow.state == PledgeState.WAITING,
             is_past(PledgeRow.run_after, dt.timedelta(seconds=reach.MAX_BACKOFF_S)),
         )
-        .order_by(PledgeRow.run_after)
+        .order_by(PledgeRow.run_after, PledgeRow.attempts, PledgeRow.created_at)
         .limit(1)
         .with_for_update(skip_locked=True)
     )
@@ -166,7 +203,11 @@ def claim_due(session: Session) -> ClaimedPledge | None:
 
 def reported(session: Session, pledge: ClaimedPledge) -> None:
     """The sender has the answer; whatever else it waits for may go now."""
-    _end(session, pledge, PledgeState.REPORTED, "")
+    session.execute(
+        update(PledgeRow)
+        .where(PledgeRow.id == pledge.id, PledgeRow.state == PledgeState.WAITING)
+        .values(state=PledgeState.REPORTED, error_code="", finished_at=func.now())
+    )
     session.execute(
         update(PledgeRow)
         .where(
@@ -180,19 +221,26 @@ def reported(session: Session, pledge: ClaimedPledge) -> None:
 
 
 def put_off(session: Session, pledge: ClaimedPledge, error_code: str) -> None:
-    """It could not be told now: all that this sender is owed waits, longer each time."""
-    is_over = session.scalar(
-        select(func.now() >= PledgeRow.expires_at).where(PledgeRow.id == pledge.id)
-    )
-    if is_over:
-        _end(session, pledge, PledgeState.EXPIRED, error_code)
-        _record(session, pledge, "commitment_not_reported", is_alarm=True, reason_code=error_code)
-        return
-    wait = reach.backoff(pledge.attempts)
+    """It could not be told now, and waits, longer each time.
+
+    Where the sender cannot be reached, all that it is owed waits, and ends with what is too old;
+    what it refuses is that answer's own trouble.
+    """
+    is_away = error_code == NO_ADDRESS or reach.is_unreachable(error_code)
+    which = _of_same_sender(pledge) if is_away else (PledgeRow.id == pledge.id,)
+    expired = session.scalars(
+        update(PledgeRow)
+        .where(*which, PledgeRow.state == PledgeState.WAITING, PledgeRow.expires_at <= func.now())
+        .values(state=PledgeState.EXPIRED, error_code=error_code, finished_at=func.now())
+        .returning(PledgeRow.answer)
+    ).all()
+    for answer in expired:
+        late = replace(pledge, answer=Transaction.from_json(answer))
+        _record(session, late, "commitment_not_reported", is_alarm=True, reason_code=error_code)
     session.execute(
         update(PledgeRow)
-        .where(*_of_same_sender(pledge), PledgeRow.state == PledgeState.WAITING)
-        .values(run_after=func.now() + wait, error_code=error_code)
+        .where(*which, PledgeRow.state == PledgeState.WAITING)
+        .values(run_after=func.now() + reach.backoff(pledge.attempts), error_code=error_code)
     )
 
 
@@ -201,14 +249,6 @@ def _of_same_sender(pledge: ClaimedPledge) -> tuple[ColumnElement[bool], ...]:
         PledgeRow.tenant == pledge.tenant,
         PledgeRow.sender == pledge.sender,
         PledgeRow.address == pledge.address,
-    )
-
-
-def _end(session: Session, pledge: ClaimedPledge, state: PledgeState, error_code: str) -> None:
-    session.execute(
-        update(PledgeRow)
-        .where(PledgeRow.id == pledge.id, PledgeRow.state == PledgeState.WAITING)
-        .values(state=state, error_code=error_code, finished_at=func.now())
     )
 
 

@@ -273,15 +273,14 @@ def receivers(data_dir: Path) -> list[Path]:
         return sorted(path for path in spool.iterdir() if path.is_dir()) if spool.is_dir() else []
 
 
-def scan(folder: Path, limit: int | None = None, kind: Kind = "dcm") -> list[Spooled]:
+def scan(folder: Path, kind: Kind = "dcm") -> list[Spooled]:
     """What waits in one receiver's folder, oldest first.
 
     Oldest by modification time, which is the reception's: the first instance of a study decides
-    whose study it is. At most `limit` (the oldest) are returned.
+    whose study it is.
     """
     with storage_errors():
-        found = sorted(_entries(folder, kind), key=lambda item: item.at_ns)
-    return found[:limit]
+        return sorted(_entries(folder, kind), key=lambda item: item.at_ns)
 
 
 def is_behind(data_dir: Path, tenant: str) -> bool:

@@ -62,8 +62,9 @@ class Transaction:
 
     @property
     def kept(self) -> frozenset[str]:
-        """SOP Instance UIDs for which nothing speaks against."""
-        return frozenset(one.sop_instance_uid for one in self.items if one.failure is None)
+        """SOP Instance UIDs against which nothing speaks, not even a second mention."""
+        named = frozenset(one.sop_instance_uid for one in self.items)
+        return named - self.failed.keys()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -34,6 +34,7 @@ Hear = Callable[[str, str], bool]
 
 class Outcome(StrEnum):
     TAKEN = "taken"  # the archive will report
+    UNKNOWN = "unknown"  # it may have heard the request, and may report
     LATER = "later"
     REFUSED = "refused"
 
@@ -71,7 +72,7 @@ def _request(association: Association, wanted: Transaction) -> Asked:
     except (RuntimeError, ValueError):  # it ended meanwhile
         return Asked(Outcome.LATER, ABORTED)
     if "Status" not in status:
-        return Asked(Outcome.LATER, "no_answer")
+        return Asked(Outcome.UNKNOWN, "no_answer")
     code = f"0x{status.Status:04X}"
     if status.Status == _SUCCESS:
         return Asked(Outcome.TAKEN)

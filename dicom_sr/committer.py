@@ -42,11 +42,15 @@ class Committer:
         if claimed is None:
             return False
         point("commitment_claimed")
-        asked = ask(self._peer, claimed.transaction, self._hear)
+        asked = ask(
+            self._peer,
+            claimed.transaction,
+            lambda encoded, syntax: self._hear(encoded, syntax, stop),
+        )
 
         def conclude(session: Session) -> None:
-            if asked.outcome is Outcome.TAKEN:
-                commitment.note_asked(session, claimed)
+            if asked.outcome in (Outcome.TAKEN, Outcome.UNKNOWN):
+                commitment.note_asked(session, claimed, asked.error)
             elif asked.outcome is Outcome.LATER:
                 commitment.put_off(session, claimed, asked.error)
             else:
@@ -62,7 +66,7 @@ class Committer:
         )
         return True
 
-    def _hear(self, encoded: str, syntax: str) -> bool:
+    def _hear(self, encoded: str, syntax: str, stop: Stop) -> bool:
         """A report on the same association: written down before it is answered."""
         try:
             value, _ = self._sandbox.run(
@@ -75,7 +79,7 @@ class Committer:
         record(
             self._engine,
             lambda session: self._take(session, report),
-            NEVER,
+            stop,
         )
         return True
 

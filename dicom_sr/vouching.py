@@ -15,9 +15,6 @@ from dicom_sr.recording import NEVER, record
 
 log = structlog.get_logger()
 
-#: The sender has left the configuration, or listens nowhere any more.
-NO_ADDRESS = "no_address"
-
 
 class Voucher:
     """Tells each sender what it may rely on."""
@@ -32,7 +29,7 @@ class Voucher:
         if pledge is None:
             return False
         peer = self._peer(pledge)
-        error = tell(peer, pledge.answer) if peer else NO_ADDRESS
+        error = tell(peer, pledge.answer) if peer else pledges.NO_ADDRESS
         point("pledge_reported")
 
         def conclude(session: Session) -> None:

@@ -95,8 +95,8 @@ class Device:
                 return run(model)
         except torch.cuda.OutOfMemoryError:
             log.warning("heat_maps_moved_to_cpu")
-        torch.cuda.empty_cache()
         with self.call():
+            torch.cuda.empty_cache()
             return run(model.to("cpu"))
 
     @contextmanager
@@ -116,7 +116,8 @@ class Device:
             del self._began[number]
 
     def _halve(self) -> None:
-        torch.cuda.empty_cache()
+        with self.call():
+            torch.cuda.empty_cache()
         self._limit = max(1, self._limit // 2)
         self._since_halved = 0
         log.warning("batch_halved", limit=self._limit)

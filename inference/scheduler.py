@@ -49,6 +49,7 @@ log = structlog.get_logger()
 LEASE_S = 60.0
 RENEW_S = 15.0
 DATABASE_RETRY_S = 2.0
+_RELEASED_WITHIN_S = 10.0
 POLL_S = 0.5  # NOTIFY is only a hint, and a poll is cheap
 
 
@@ -174,8 +175,15 @@ class Scheduler:
 
     def _abandon(self) -> None:
         """The device hangs: the supervisor starts the stage anew; no study is at fault."""
-        self._release_all()
-        self._die(HUNG)
+        # Leases run out by themselves: nothing, not even a database that hangs, may stop this.
+        latest = threading.Timer(_RELEASED_WITHIN_S, self._die, (HUNG,))
+        latest.daemon = True
+        latest.start()
+        try:
+            self._release_all()
+        finally:
+            latest.cancel()
+            self._die(HUNG)
 
     def _release_all(self) -> None:
         for flight in list(self._flights.values()):

@@ -20,7 +20,7 @@ class VouchingPacs(Pacs):
     Set at any time: `status`, the answer to the next requests; `reports_to`, the port to which it
     reports on associations of its own (None: on the one on which it was asked); `reason`, why it
     does not vouch (0: it does) for classes in `fails`, or all; `is_silent`, whether it reports
-    nothing.
+    nothing; `hangs_up`, whether it aborts instead of answering a request.
     """
 
     def __init__(self, *, reports_to: int | None = None, **more: Any) -> None:
@@ -30,6 +30,7 @@ class VouchingPacs(Pacs):
         self.reason = 0
         self.fails: frozenset[str] = frozenset()
         self.is_silent = False
+        self.hangs_up = False
         self.tries = 1  # of each report on an association of its own
         self.asked: list[Dataset] = []
         self.heard: list[int] = []  # statuses with which its reports were answered
@@ -43,7 +44,10 @@ class VouchingPacs(Pacs):
         return [*super()._handlers(), (evt.EVT_N_ACTION, self._ask)]
 
     def _ask(self, event: evt.Event) -> tuple[int, None]:
-        if self.status == 0x0000:
+        if self.hangs_up:
+            self.asked.append(event.action_information)
+            event.assoc.abort()
+        elif self.status == 0x0000:
             self.asked.append(event.action_information)
             if not self.is_silent:
                 self._report_soon(event)
@@ -126,6 +130,7 @@ class Modality:
         self.reports: list[Dataset] = []
         self.kinds: list[int] = []
         self.status = 0x0000  # its answer to reports
+        self.refuses: frozenset[str] = frozenset()  # transactions that it knows nothing of
         self._entity = AE(ae_title=ae_title)
         roles = {"scu_role": True, "scp_role": True} if names_roles else {}
         self._entity.add_supported_context(COMMITMENT, **roles)
@@ -138,6 +143,8 @@ class Modality:
         self.port = int(server.server_address[1])
 
     def _hear(self, event: evt.Event) -> tuple[int, None]:
+        if event.event_information.TransactionUID in self.refuses:
+            return 0x0112, None
         if self.status == 0x0000:
             self.reports.append(event.event_information)
             self.kinds.append(int(event.event_type))

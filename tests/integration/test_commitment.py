@@ -1,5 +1,6 @@
 """Storage commitment with archives: what they accept they are to vouch for (PS3.4 Annex J)."""
 
+import datetime as dt
 import hashlib
 import json
 import urllib.request
@@ -182,6 +183,15 @@ def test_an_instance_that_the_report_passes_over_is_not_vouched_for(node, pacs, 
     assert row.failed == {one: "0x0110"}
 
 
+def test_an_instance_that_a_report_names_twice_is_not_vouched_for(node, pacs, result_id):
+    """Some archives repeat the request, and add what failed."""
+    said = Transaction(
+        "1.2.3", (Item(SC, "1.2.4"), Item(SC, "1.2.5"), Item(SC, "1.2.4", failure=0x0110))
+    )
+
+    assert (said.kept, said.failed) == ({"1.2.5"}, {"1.2.4": 0x0110})
+
+
 def test_a_report_may_be_faster_than_the_answer_to_the_request(node, pacs, result_id):
     node.time_passes()
     with Session(node.engine) as session, session.begin():
@@ -273,6 +283,58 @@ def test_an_archive_that_is_away_is_asked_when_it_is_back(node, pacs, result_id)
 
     assert node.states() == ["COMMITTED"]
     assert node.alarms() == []
+
+
+def test_an_archive_that_hangs_up_on_a_request_may_still_report_on_it(node, pacs, result_id):
+    pacs.hangs_up = True
+    node.asks()
+    (row,) = node.commitments()
+    assert (row.state, row.error_code, row.attempts) == ("ASKED", "no_answer", 1)
+    node.deliverer.run_once()
+    assert len(pacs.asked) == 1  # it is not asked anew at once, under another transaction
+
+    pacs.report(pacs.asked[0])
+    node.intake()
+
+    assert node.states() == ["COMMITTED"]
+
+
+def test_the_longer_an_archive_cannot_take_a_request_the_longer_it_is_left_alone(
+    node, pacs, result_id
+):
+    pacs.status = 0x0213
+    waits = []
+    for age in (dt.timedelta(minutes=1), dt.timedelta(minutes=20), dt.timedelta(days=5)):
+        with Session(node.engine) as session, session.begin():
+            session.execute(update(CommitmentRow).values(created_at=func.now() - age))
+        node.asks()
+        (row,) = node.commitments()
+        with Session(node.engine) as session:
+            waits.append((row.run_after - session.scalar(select(func.now()))).total_seconds())
+
+    assert 10 < waits[0] <= 30
+    assert 270 < waits[1] <= 310
+    assert 870 < waits[2] <= 900
+
+
+def test_what_has_waited_longest_is_asked_first(node, pacs, result_id):
+    """An archive that answers none of them hears of each."""
+    node.found(node.study(salt="another"))
+    node.deliverer.run_once()
+    older, newer = node.commitments()
+    node.forget_waiting()
+    with Session(node.engine) as session, session.begin():
+        for row, waited_s in ((older, 1), (newer, 60)):
+            session.execute(
+                update(CommitmentRow)
+                .where(CommitmentRow.id == row.id)
+                .values(run_after=func.now() - dt.timedelta(seconds=waited_s))
+            )
+
+    with Session(node.engine) as session, session.begin():
+        claimed = commitment.claim_due(session, "north", "pacs")
+
+    assert claimed.id == newer.id
 
 
 def test_where_no_report_comes_it_is_asked_again_and_at_last_given_up_aloud(node, pacs, result_id):

@@ -18,6 +18,7 @@ from db.result import Finding
 from db.tables import AnalysisRow, EventRow, InstanceRow, JobRow, QuarantineRow, ResultRow
 from inference import device as devices
 from inference import fleet as fleets
+from inference import scheduler as scheduling
 from inference.bundle import BundleError
 from inference.device import Device, DeviceFault
 from inference.fleet import Fleet
@@ -516,6 +517,30 @@ def test_h41_a_device_call_that_hangs_ends_the_stage_and_costs_no_study_a_try(st
     assert analysis(stages).state == "FOUND"
     stuck.set()
     thread.join(60)
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails"])
+def test_h41_nothing_keeps_a_stage_whose_device_hangs_alive(stages, monkeypatch, trouble):
+    """Not even a database that does not answer when its studies are given back."""
+    monkeypatch.setattr(scheduling, "_RELEASED_WITHIN_S", 0.1)
+    died, over = threading.Event(), threading.Event()
+
+    def release():
+        if trouble == "fails":
+            raise TimeoutError("no connection is free")
+        over.wait(60)
+
+    stages.scheduler._die = lambda _: died.set()
+    monkeypatch.setattr(stages.scheduler, "_release_all", release)
+    if trouble == "fails":
+        with pytest.raises(TimeoutError):
+            stages.scheduler._abandon()
+    else:
+        thread = threading.Thread(target=stages.scheduler._abandon)
+        thread.start()
+
+    assert died.wait(60)
+    over.set()
 
 
 def test_h41_a_model_that_hangs_while_it_is_loaded_ends_the_stage_too(stages, monkeypatch):

@@ -1,6 +1,7 @@
 """Storage commitment for senders: they delete their copies on our word (PS3.4 Annex J)."""
 
 import base64
+import copy
 import json
 import time
 import urllib.request
@@ -10,14 +11,15 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 from pydicom import Dataset
+from pydicom.uid import RLELossless
 from pynetdicom import evt
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from config.tenants import Destination, Sender, Tenant
-from db import operator, transaction
+from db import committing, operator, transaction
 from db.committing import Committing
-from db.errors import NotDicom
+from db.errors import ChildDied, NotDicom
 from db.intake import Intake
 from db.pledges import PledgeState
 from db.sandbox import Sandbox
@@ -197,6 +199,69 @@ def test_what_an_operator_has_discarded_is_not_vouched_for_and_what_he_released_
     assert kept(released) == {image.SOPInstanceUID}
 
 
+@pytest.mark.parametrize(("filed_by", "is_kept"), [("CT1", True), ("ROUTER", False)])
+def test_what_another_sender_set_aside_may_have_come_from_the_asker_too(
+    keeper, modality, filed_by, is_kept
+):
+    """The same data set under two titles is kept aside once, under the first."""
+    image = ct_image()
+    keeper.file(image)
+    keeper.file(*changed([image], PatientID="SOMEBODY-ELSE"))
+    with Session(keeper.engine) as session, session.begin():
+        session.execute(update(InstanceRow).values(sender=filed_by))
+        session.execute(update(QuarantineRow).values(sender="ROUTER"))
+
+    modality.asks(keeper.receiver.port, [image])
+    keeper.commits()
+    keeper.answers()
+
+    (report,) = modality.reports
+    assert (kept(report) == {image.SOPInstanceUID}) == is_kept
+    assert failures(report) == ({} if is_kept else {image.SOPInstanceUID: 0x0110})
+
+
+@pytest.mark.parametrize(
+    ("filed_by", "variant_of", "is_kept"),
+    [("ROUTER", "CT1", False), ("CT1", "ROUTER", True), ("CT1", "CT1", False)],
+)
+def test_a_variant_in_another_encoding_that_was_dropped_is_not_vouched_for(
+    keeper, modality, filed_by, variant_of, is_kept
+):
+    """Nobody compared its pixels with those that are kept: these may be a lossy copy."""
+    image = ct_image()
+    packed = copy.deepcopy(image)
+    packed.compress(RLELossless, generate_instance_uid=False)
+    keeper.file(packed)
+    keeper.file(image)
+    with Session(keeper.engine) as session, session.begin():
+        dropped = session.scalars(select(EventRow).where(EventRow.kind == "variant_dropped")).one()
+        assert dropped.detail["sender"] == "CT1"
+        dropped.detail = {**dropped.detail, "sender": variant_of}
+        session.execute(update(InstanceRow).values(sender=filed_by))
+
+    modality.asks(keeper.receiver.port, [image])
+    keeper.commits()
+    keeper.answers()
+
+    (report,) = modality.reports
+    assert failures(report) == ({} if is_kept else {image.SOPInstanceUID: 0x0110})
+
+
+def test_a_variant_in_private_tags_alone_is_vouched_for(keeper, modality):
+    image = ct_image()
+    keeper.file(image)
+    other = copy.deepcopy(image)
+    other.private_block(0x0099, "MAKER", create=True).add_new(0x01, "LO", "COUNT 2")
+    keeper.file(other)
+
+    modality.asks(keeper.receiver.port, [image])
+    keeper.commits()
+    keeper.answers()
+
+    (report,) = modality.reports
+    assert kept(report) == {image.SOPInstanceUID}
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"retention_days": 30}, {"senders": (Sender(ae_title="CT1"),)}, {"senders": ()}],
@@ -302,6 +367,75 @@ def test_a_sender_that_never_comes_back_ends_with_an_alarm(keeper, modality):
     row = keeper.one(PledgeRow)
     assert (row.state, row.error_code) == (PledgeState.EXPIRED, "0x0110")
     assert keeper.all(EventRow)[-1].is_alarm
+
+
+def test_an_answer_that_its_sender_refuses_holds_up_no_other(keeper, modality):
+    for n in range(4):
+        modality.asks(keeper.receiver.port, [ct_image()], uid=f"1.2.{n}")
+    keeper.commits()
+    modality.refuses = frozenset({"1.2.0", "1.2.1"})
+
+    assert keeper.answers() >= 4
+
+    assert {report.TransactionUID for report in modality.reports} == {"1.2.2", "1.2.3"}
+    states = sorted((row.state, row.error_code) for row in keeper.all(PledgeRow))
+    assert states == [(PledgeState.REPORTED, "")] * 2 + [(PledgeState.WAITING, "0x0112")] * 2
+
+
+def test_what_a_sender_is_owed_ends_together_when_it_never_comes_back(keeper, modality):
+    """One try tells: the others must not each cost a time-out that everybody waits for."""
+    for n in range(3):
+        modality.asks(keeper.receiver.port, [ct_image()], uid=f"1.2.{n}")
+    keeper.commits()
+    modality.close()
+    with Session(keeper.engine) as session, session.begin():
+        old = select(PledgeRow.id).limit(2).scalar_subquery()
+        session.execute(
+            update(PledgeRow).where(PledgeRow.id.in_(old)).values(expires_at=func.now())
+        )
+
+    assert keeper.answers() == 1
+
+    states = [(row.state, row.error_code) for row in keeper.all(PledgeRow)]
+    assert sorted(states) == [
+        *[(PledgeState.EXPIRED, "no_connection")] * 2,
+        (PledgeState.WAITING, "no_connection"),
+    ]
+    assert sum(event.is_alarm for event in keeper.all(EventRow)) == 2
+
+
+def test_a_reader_that_dies_once_costs_no_request(keeper, modality, monkeypatch):
+    image = ct_image()
+    keeper.file(image)
+    modality.asks(keeper.receiver.port, [image])
+    run, limits = keeper.sandbox.run, []
+
+    def dying(*args, timeout_s):
+        limits.append(timeout_s)
+        if len(limits) == 1:
+            raise ChildDied("out of memory")
+        return run(*args, timeout_s=timeout_s)
+
+    monkeypatch.setattr(keeper.sandbox, "run", dying)
+    keeper.commits()
+    keeper.answers()
+
+    (report,) = modality.reports
+    assert kept(report) == {image.SOPInstanceUID}
+    assert limits[0] < limits[1]
+
+
+def test_many_requests_cost_one_look_at_the_spool(keeper, modality, monkeypatch):
+    for n in range(5):
+        modality.asks(keeper.receiver.port, [ct_image()], uid=f"1.2.{n}")
+    looks = []
+    monkeypatch.setattr(
+        committing, "scan", lambda folder, kind="dcm": looks.append(kind) or scan(folder, kind)
+    )
+
+    assert keeper.commits() == 5
+
+    assert looks == ["report", "request", "dcm"]
 
 
 def test_a_sender_that_left_the_configuration_is_not_looked_for(keeper, modality):

@@ -123,6 +123,24 @@ def test_a_quiet_period_longer_than_any_wait_is_refused(tmp_path):
     assert "tenant a: quiet_period_s 5 is longer than max_wait_s 1" in error_of(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("calling_ae", "commitment"), [("OTHER", True), ("A", True), ("OTHER", False)]
+)
+def test_a_destination_that_is_to_commit_must_be_able_to_report(tmp_path, calling_ae, commitment):
+    """It reports to the title that asked it: as any other peer, to one of the tenant's own."""
+    text = (
+        '[[tenants]]\nid = "a"\nae_titles = ["A"]\n'
+        '[[tenants.destinations]]\nname = "pacs"\nae_title = "P"\nhost = "h"\nport = 104\n'
+        f'calling_ae = "{calling_ae}"\ncommitment = {str(commitment).lower()}\n'
+    )
+    if commitment and calling_ae != "A":
+        assert "pacs would report on commitment to its calling_ae OTHER" in error_of(tmp_path, text)
+    else:
+        path = tmp_path / "vigil.toml"
+        path.write_text(text)
+        assert load(path).tenants[0].destinations[0].calling_ae == calling_ae
+
+
 def test_a_sender_is_known_by_title_and_address():
     ct = Sender(ae_title="CT1", hosts=("10.1.0.0/16", "192.168.1.5"), lane="stat")
     tenant = Tenant(id="a", ae_titles=("A",), senders=(ct,))
