@@ -14,6 +14,13 @@ from db.engine import engine_at, upgrade_at
 
 TEMPLATE = "vigil_template"
 
+#: Minutes long: begun first, so that no worker is left alone with it at the end.
+LONGEST = "test_recipe_train.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != LONGEST)
+
 
 @pytest.fixture(scope="session")
 def database_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[URL]:
