@@ -25,6 +25,7 @@ from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RQ, DIMSEMessage
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError, StateMachine
+from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationSocket
 
@@ -151,6 +152,16 @@ class Provider(DULServiceProvider):
             threading.Lock()
         )  # a closed descriptor's number may be a spool file's next
         self.to_provider_queue = _Bell(self.wake)
+
+    def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
+        """As the library does; what makes no primitive is invalid here, not a crash later.
+
+        Such as an A-ABORT from nobody: its source is neither the user nor the provider.
+        """
+        pdu, event = super()._decode_pdu(bytestream)
+        if not isinstance(pdu, P_DATA_TF):
+            pdu.to_primitive()
+        return pdu, event
 
     def wake(self) -> None:
         with self._wake_lock:

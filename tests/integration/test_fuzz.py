@@ -273,6 +273,20 @@ def test_h20_whatever_pdus_come_the_association_ends_and_others_live(
     assert receiver.lines("thread_crashed") == receiver.lines("child_ended") == []
 
 
+@pytest.mark.parametrize("is_associated", [True, False])
+@pytest.mark.parametrize(("source", "reason"), [(150, 0), (3, 9), (2, 150), (1, 0), (0, 7)])
+def test_h20_an_abort_of_any_source_and_reason_ends_its_association_alone(
+    receiver, source, reason, is_associated
+):
+    abort = bytes([7, 0, 0, 0, 0, 4, 0, 0, source, reason])
+
+    assert converse(receiver.port, abort, is_associated=is_associated)
+
+    with RawPeer(receiver.port).associate([(VERIFICATION, (EXPLICIT,))]) as other:
+        assert other.echo() == 0x0000
+    assert receiver.lines("thread_crashed") == []
+
+
 def test_h20_data_sent_with_the_request_for_an_association_crashes_no_thread(receiver):
     image = ct_slice(head(1)[0])
     eager = associate_rq([(CT, (EXPLICIT,))], "NORTH_AI", "CT1") + b"".join(
