@@ -153,6 +153,13 @@ class Provider(DULServiceProvider):
         )  # a closed descriptor's number may be a spool file's next
         self.to_provider_queue = _Bell(self.wake)
 
+    def run_reactor(self) -> None:
+        """Until the line is closed; who still waits for the peer's first word then need not."""
+        try:
+            super().run_reactor()
+        finally:
+            self.to_user_queue.put(None)  # `receive_pdu` passes it on
+
     def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
         """As the library does; what makes no primitive is invalid here, not a crash later.
 

@@ -287,6 +287,17 @@ def test_h20_an_abort_of_any_source_and_reason_ends_its_association_alone(
     assert receiver.lines("thread_crashed") == []
 
 
+def test_h16_whoever_speaks_no_dicom_holds_no_place_until_a_time_out(receiver):
+    """More of them than there are places, within seconds: a scanner of ports and web pages."""
+    for _ in range(300):
+        assert converse(receiver.port, b"GET / HTTP/1.1\r\n\r\n", is_associated=False)
+
+    with RawPeer(receiver.port).associate([(VERIFICATION, (EXPLICIT,))]) as other:
+        assert other.echo() == 0x0000
+    (process,) = [one for one in receiver.children() if "scp.receiver" in one.cmdline()]
+    wait_for(lambda: process.num_threads() < 10, 60)
+
+
 def test_h20_data_sent_with_the_request_for_an_association_crashes_no_thread(receiver):
     image = ct_slice(head(1)[0])
     eager = associate_rq([(CT, (EXPLICIT,))], "NORTH_AI", "CT1") + b"".join(
