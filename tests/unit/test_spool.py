@@ -164,7 +164,6 @@ def test_the_oldest_comes_first(tmp_path):
         ids = [box.keep(SOURCE, BODY) for _ in range(20)]
 
         assert [item.id for item in scan(box.folder)] == ids
-        assert [item.id for item in scan(box.folder, 3)] == ids[:3]
 
 
 def test_strange_files_are_not_taken_for_instances(tmp_path):
