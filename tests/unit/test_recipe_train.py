@@ -22,7 +22,7 @@ from weights.recipe.shift import noise, quieted
 from weights.recipe.template import ICH_B4
 from weights.recipe.train import Plan, train
 
-# Trains two bundles: a minute on an idle core, many on a busy one.
+# Trains two bundles: on a busy core that takes longer than other tests may.
 pytestmark = pytest.mark.timeout(1200)
 
 SLICES = 3
